@@ -1,0 +1,125 @@
+"""torchrun's ranks, or one plain process: where am I, share work, add up, wait for each other.
+
+`torchrun recipe.py`, `python recipe.py` and a notebook all run the same code. Every wait between
+ranks ends within `TIMEOUT`.
+"""
+
+import os
+import random
+import sys
+import threading
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+Item = TypeVar("Item")
+
+TIMEOUT = timedelta(minutes=30)
+
+
+def init(*, seed: int = 0) -> None:
+    """Join the process group of torchrun, or make one of a single process; seed this rank.
+
+    May be called again (a notebook cell): then it only seeds.
+    """
+    if not torch_dist.is_initialized():
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            _end_with_parent()
+        if torch.cuda.is_available():
+            torch.cuda.set_device(local_rank())
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        if "MASTER_ADDR" in os.environ and "RANK" in os.environ:
+            torch_dist.init_process_group(backend, timeout=TIMEOUT)
+        else:
+            torch_dist.init_process_group(
+                backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
+            )
+    random.seed(seed + rank())
+    torch.manual_seed(seed + rank())
+
+
+def close() -> None:
+    """Leave the process group, if there is one."""
+    if torch_dist.is_initialized():
+        torch_dist.destroy_process_group()
+
+
+def rank() -> int:
+    """Place of this process among all ranks, from 0."""
+    return torch_dist.get_rank() if torch_dist.is_initialized() else int(os.getenv("RANK", "0"))
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    if torch_dist.is_initialized():
+        return torch_dist.get_world_size()
+    return int(os.getenv("WORLD_SIZE", "1"))
+
+
+def local_rank() -> int:
+    """Place of this process among the ranks of its host, from 0."""
+    return int(os.getenv("LOCAL_RANK", "0"))
+
+
+def shard(items: Sequence[Item]) -> list[Item]:
+    """This rank's share: items rank, rank + world_size, ..."""
+    return list(items[rank() :: world_size()])
+
+
+def sum(values: Sequence[float]) -> list[float]:  # noqa: A001 - dist.sum is read as such
+    """Each value added up over all ranks, in float64."""
+    if world_size() == 1:
+        return [float(value) for value in values]
+    total = torch.tensor(values, dtype=torch.float64)
+    torch_dist.all_reduce(total)
+    return total.tolist()
+
+
+def mean(values: Sequence[float]) -> float:
+    """Mean of the values of all ranks together; nan if there are none at all."""
+    total, count = sum([float(torch.tensor(values, dtype=torch.float64).sum()), len(values)])
+    return total / count if count else float("nan")
+
+
+def gather(item: Item) -> list[Item]:
+    """The item of every rank, in the order of the ranks, on every rank."""
+    if world_size() == 1:
+        return [item]
+    items: list[Item | None] = [None] * world_size()
+    torch_dist.all_gather_object(items, item)
+    return items  # type: ignore[return-value]
+
+
+def broadcast(item: Item) -> Item:
+    """Rank 0's item, on every rank."""
+    if world_size() == 1:
+        return item
+    box: list[Item] = [item]
+    torch_dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def barrier() -> None:
+    """Wait until every rank is here."""
+    if world_size() > 1:
+        torch_dist.barrier()
+
+
+def _end_with_parent() -> None:
+    """End this rank when the torchrun agent is gone: a killed agent leaves its ranks running."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        descriptor = os.pidfd_open(parent)
+        if os.getppid() == parent:
+            import select
+
+            select.select([descriptor], [], [])
+        print(f"[rank {rank()}] torchrun is gone, so this rank ends too.", file=sys.stderr)
+        os._exit(1)
+
+    if hasattr(os, "pidfd_open"):
+        threading.Thread(target=watch, name="torchrun-watch", daemon=True).start()

@@ -1,0 +1,45 @@
+"""Every error that arealite raises on purpose.
+
+Each child also is the built-in error that fits, so that ordinary handlers work. The message says
+what happened, with the values, and then what to do.
+"""
+
+
+class ArealiteError(Exception):
+    """Parent of all errors below; recipes print it as one message, without a traceback."""
+
+
+class ConfigError(ArealiteError, ValueError):
+    """A setting, or two settings together, cannot work."""
+
+
+class DataError(ArealiteError, ValueError):
+    """A data set, a row, a model folder or a tokenizer is not what it has to be."""
+
+
+class RewardError(ArealiteError, RuntimeError):
+    """A reward function gave no number: it raised, took too long, died, or returned something else."""
+
+
+class TrajectoryError(ArealiteError, ValueError):
+    """A workflow or a server returned tokens, masks and log-probs that do not fit together."""
+
+
+class PromptTooLongError(TrajectoryError):
+    """A prompt leaves no room for a single new token within the model's context."""
+
+
+class RolloutError(ArealiteError, RuntimeError):
+    """Too many episodes failed, or the rollout thread itself did."""
+
+
+class ServerError(ArealiteError, RuntimeError):
+    """A server could not be started, died, or answered something that is not usable."""
+
+
+class DeadlineError(ArealiteError, TimeoutError):
+    """A wait took longer than its limit; the message says who waited for what."""
+
+
+class CheckpointError(ArealiteError, RuntimeError):
+    """A checkpoint could not be written, or is not complete and intact."""

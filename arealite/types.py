@@ -1,0 +1,147 @@
+"""The values that pass between the parts, in the order in which a prompt meets them.
+
+G trajectories in a group, L tokens in a trajectory, T packed tokens in a micro-batch, N sequences.
+Alignment, everywhere: index t holds facts about token t. Only training/logprobs.py shifts by one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+
+from arealite.errors import ConfigError
+
+Row = dict[str, Any]
+"""One row of a data set, untouched: whatever keys it came with."""
+
+FinishReason = Literal["stop", "length", "context", "abort"]
+"""stop: end token; length: its own budget; context: the model's limit; abort: cut off."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How tokens are sampled."""
+
+    temperature: float = 1.0
+    """Divides the logits; 0 is greedy. The trainer applies the same one to its log-probs."""
+    top_p: float = 1.0
+    """Nucleus mass; below 1 the sampler leaves the policy's support and the ratios are biased."""
+    max_new_tokens: int = 256
+    """Budget of one response in tokens."""
+
+    def __post_init__(self) -> None:
+        if not self.temperature >= 0:
+            raise ConfigError(f"sampling.temperature={self.temperature} must be 0 or more.")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"sampling.top_p={self.top_p} must be above 0 and at most 1.")
+        if self.max_new_tokens < 1:
+            raise ConfigError(f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
+
+    def greedy(self) -> "SamplingParams":
+        """The same budget, always the most likely token."""
+        return replace(self, temperature=0.0, top_p=1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelRequest:
+    """What a workflow asks of an `InferenceEngine`: token ids in, never text."""
+
+    token_ids: list[int]  # [L] the whole context so far
+    sampling: SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelResponse:
+    """What was sampled, and with which weights.
+
+    Example: three tokens, new weights after the second one:
+        ModelResponse(token_ids=[5, 9, 2], behavior_logprobs=[-.1, -1.2, -.3],
+                      versions=[7, 7, 8], finish_reason="stop")
+    """
+
+    token_ids: list[int]  # [L] sampled ids, the end token included
+    behavior_logprobs: list[float]  # [L] at the sampling temperature
+    versions: list[int]  # [L] version of the weights that sampled each token
+    finish_reason: FinishReason
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Trajectory:
+    """One finished episode as a token ledger. Build it with `Transcript`, which keeps it aligned."""
+
+    token_ids: list[int]  # [L] prompt, responses and everything in between
+    loss_mask: list[bool]  # [L] True where the policy sampled the token
+    behavior_logprobs: list[float]  # [L] 0.0 where loss_mask is False
+    versions: list[int]  # [L] -1 where loss_mask is False
+    reward: float
+    temperature: float  # the tokens were sampled at this one
+    finish_reason: FinishReason  # of the last response
+    row_index: int = -1  # place of its row in the run's order; the executor sets it
+
+    @property
+    def response_length(self) -> int:
+        """Number of tokens the policy sampled."""
+        return sum(self.loss_mask)
+
+
+def _absent() -> torch.Tensor:
+    return torch.empty(0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MicroBatch:
+    """Sequences laid end to end, without padding: what one forward pass sees.
+
+    Example: two sequences of 3 and 2 tokens have cu_seqlens [0, 3, 5] and T = 5.
+    """
+
+    token_ids: torch.Tensor  # [T] int64
+    cu_seqlens: torch.Tensor  # [N + 1] int32, starts at 0 and ends at T
+    loss_mask: torch.Tensor  # [T] bool, True where the policy sampled the token
+    behavior_logprobs: torch.Tensor  # [T] float32, 0.0 where loss_mask is False
+    versions: torch.Tensor  # [T] int64, -1 where loss_mask is False
+    temperature: torch.Tensor  # [T] float32, the one each token was sampled at; 1.0 elsewhere
+    advantages: torch.Tensor  # [T] float32, 0.0 where loss_mask is False
+    loss_weight: torch.Tensor  # [T] float32, divided by the global count: a token mean sums to 1
+    proximal_logprobs: torch.Tensor = field(default_factory=_absent)  # [T]; empty until attach()
+    ref_logprobs: torch.Tensor = field(default_factory=_absent)  # [T]; empty until attach()
+
+    @property
+    def num_sequences(self) -> int:
+        """N; 0 for the empty micro-batch that keeps ranks in step."""
+        return len(self.cu_seqlens) - 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LossOutput:
+    """What a loss function returns for one micro-batch."""
+
+    total: torch.Tensor  # [] (loss_weight * loss of each token).sum(), with gradient
+    metrics: dict[str, torch.Tensor] = field(default_factory=dict)  # [] sums over its tokens
+
+
+LossFn = Callable[[torch.Tensor, MicroBatch], LossOutput]
+"""Takes the current log-probs [T] with gradient and their micro-batch."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepStats:
+    """One optimizer step, summed over all micro-batches and ranks."""
+
+    loss: float
+    grad_norm: float  # before clipping
+    lr: float  # that this step used
+    num_tokens: int  # trainable tokens, before any filter
+    num_sequences: int
+    skipped: bool  # the gradient was not finite, so the weights stayed as they were
+    metrics: dict[str, float]  # each sum of LossOutput.metrics divided by num_tokens
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cursor:
+    """Where a run stands: enough to continue it with every row used exactly once."""
+
+    version: int = 0  # completed training steps
+    next_row: int = 0  # first place in the order that no rank has started
+    pending: tuple[int, ...] = ()  # earlier places that were started but not consumed
