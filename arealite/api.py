@@ -29,10 +29,8 @@ class InferenceEngine(Protocol):
         engine.resume()
     """
 
-    @property
-    def version(self) -> int:
-        """Version of the weights that new requests are served with; -1 before the first push."""
-        ...
+    version: int
+    """Version of the weights that new requests are served with; -1 before the first push."""
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse: ...
 
@@ -40,9 +38,7 @@ class InferenceEngine(Protocol):
 
     def resume(self) -> None: ...
 
-    def receive_weights(
-        self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int
-    ) -> None:
+    def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Load full tensors under their Hugging Face names; afterwards `version` is the new one."""
         ...
 
@@ -52,13 +48,13 @@ class InferenceEngine(Protocol):
 class TrainEngine(Protocol):
     """Computes log-probs and takes optimizer steps. Every method is a collective of all ranks.
 
-        minibatches = pack(groups, advantages, num_minibatches=4, max_tokens=8192)
-        minibatches = [attach(mbs, proximal_logprobs=engine.logprobs(mbs)) for mbs in minibatches]
-        stats = [engine.step(mbs, loss_fn) for mbs in minibatches]
+    minibatches = pack(groups, advantages, num_minibatches=4, max_tokens=8192)
+    minibatches = [attach(mbs, proximal_logprobs=engine.logprobs(mbs)) for mbs in minibatches]
+    stats = [engine.step(mbs, loss_fn) for mbs in minibatches]
     """
 
     def logprobs(self, minibatch: list[MicroBatch]) -> list[torch.Tensor]:
-        """Per micro-batch, the log-prob [T] of each token at its temperature; 0 for first tokens."""
+        """Per micro-batch, each token's log-prob [T] at its temperature; 0 for first tokens."""
         ...
 
     def step(self, minibatch: list[MicroBatch], loss_fn: LossFn) -> StepStats:
@@ -84,6 +80,4 @@ class RolloutWorkflow(Protocol):
     None rejects the row: it is recorded, and the next row takes its place.
     """
 
-    async def arun_episode(
-        self, engine: InferenceEngine, row: Row
-    ) -> list[Trajectory] | None: ...
+    async def arun_episode(self, engine: InferenceEngine, row: Row) -> list[Trajectory] | None: ...

@@ -69,7 +69,7 @@ def shard(items: Sequence[Item]) -> list[Item]:
     return list(items[rank() :: world_size()])
 
 
-def sum(values: Sequence[float]) -> list[float]:  # noqa: A001 - dist.sum is read as such
+def sum(values: Sequence[float]) -> list[float]:
     """Each value added up over all ranks, in float64."""
     if world_size() == 1:
         return [float(value) for value in values]

@@ -18,7 +18,7 @@ class DataError(ArealiteError, ValueError):
 
 
 class RewardError(ArealiteError, RuntimeError):
-    """A reward function gave no number: it raised, took too long, died, or returned something else."""
+    """A reward function gave no number: it raised, took too long, died, or returned another thing."""
 
 
 class TrajectoryError(ArealiteError, ValueError):

@@ -68,7 +68,7 @@ class ModelResponse:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Trajectory:
-    """One finished episode as a token ledger. Build it with `Transcript`, which keeps it aligned."""
+    """One finished episode as a token ledger; `Transcript` builds it and keeps it aligned."""
 
     token_ids: list[int]  # [L] prompt, responses and everything in between
     loss_mask: list[bool]  # [L] True where the policy sampled the token

@@ -1,0 +1,16 @@
+"""Rows, their order, and the model and tokenizer they are for."""
+
+from arealite.data.gsm8k_mini import generate_problems
+from arealite.data.models import TINY_MATH, load_tokenizer, resolve_model
+from arealite.data.order import RowOrder
+from arealite.data.rows import GSM8K_MINI, load_rows
+
+__all__ = [
+    "GSM8K_MINI",
+    "TINY_MATH",
+    "RowOrder",
+    "generate_problems",
+    "load_rows",
+    "load_tokenizer",
+    "resolve_model",
+]

@@ -1,0 +1,53 @@
+"""One event loop in a thread of its own, for everything asynchronous that synchronous code starts.
+
+Rollouts run here while the main thread trains, and a notebook, whose own loop is busy, can call
+synchronous functions that need one.
+"""
+
+import asyncio
+import concurrent.futures
+import threading
+from collections.abc import Coroutine
+from typing import Any, TypeVar
+
+from arealite.errors import DeadlineError
+
+Result = TypeVar("Result")
+
+_lock = threading.Lock()
+_loop: asyncio.AbstractEventLoop | None = None
+
+
+def loop() -> asyncio.AbstractEventLoop:
+    """The loop of this process, started on first use."""
+    global _loop
+    with _lock:
+        if _loop is None:
+            _loop = asyncio.new_event_loop()
+            threading.Thread(target=_loop.run_forever, name="arealite-loop", daemon=True).start()
+        return _loop
+
+
+def submit(coroutine: Coroutine[Any, Any, Result]) -> "concurrent.futures.Future[Result]":
+    """Start a coroutine on the loop; the future is the handle to wait for or to cancel."""
+    return asyncio.run_coroutine_threadsafe(coroutine, loop())
+
+
+def run(coroutine: Coroutine[Any, Any, Result], *, timeout_s: float, what: str) -> Result:
+    """Result of a coroutine that runs on the loop while the calling thread waits.
+
+    Raises:
+        DeadlineError: it took longer than `timeout_s`; it names `what`.
+    """
+    future = submit(coroutine)
+    try:
+        return future.result(timeout_s)
+    except concurrent.futures.TimeoutError as error:
+        if future.done():  # the coroutine's own TimeoutError, not ours
+            raise
+        raise DeadlineError(
+            f"{what} took longer than {timeout_s:.0f} s. If a workflow or reward blocks the event "
+            "loop, make it a plain `def` (it then runs in its own process)."
+        ) from error
+    finally:
+        future.cancel()

@@ -1,0 +1,137 @@
+"""Where a model's files are, and its tokenizer, checked before anything is started with them."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from arealite.data.paths import is_hub_id, local_path
+from arealite.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+TINY_MATH = "arealite/tiny-math"
+"""Name of the embedded model, which runs anywhere."""
+
+_TINY_MATH_DIR = Path(__file__).parent / "tiny_math"
+_WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def resolve_model(name: str) -> str:
+    """The folder of a model that is on this machine, else the Hub id as it is.
+
+    Raises DataError for a folder without a config or without all of its weights, and for a path
+    that does not exist.
+    """
+    folder = _folder_of(name)
+    if folder is None:
+        return name
+    if not (folder / "config.json").is_file():
+        raise DataError(f"{folder} has no config.json. {_describe_model_folder()}")
+    missing = _missing_weights(folder)
+    if missing:
+        raise DataError(f"{folder} has no {', '.join(missing)}. {_describe_model_folder()}")
+    return str(folder)
+
+
+def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    """The tokenizer of a model folder or Hub id, the same that its vLLM server loads.
+
+    Raises DataError unless it has a chat template and an end token, and fits the model's
+    vocabulary.
+    """
+    # Here and not at the top: importing it takes seconds, and whoever only wants a path pays too.
+    from transformers import AutoTokenizer
+
+    folder = _folder_of(name)
+    if folder is not None and not any((folder / file).is_file() for file in _TOKENIZER_FILES):
+        # Without this, transformers makes an empty vocabulary up and drops every character.
+        raise DataError(
+            f"{folder} has no tokenizer: none of {', '.join(_TOKENIZER_FILES)} is there. Copy the "
+            "tokenizer files of the model it was made from."
+        )
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder or name)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{name} gave no tokenizer: {_why(folder, error)}") from error
+    _check_tokenizer(name, tokenizer)
+    _check_fits_model(name, folder, tokenizer)
+    return tokenizer
+
+
+def _folder_of(name: str) -> Path | None:
+    """The folder that `name` means, or None for a Hub id."""
+    if name == TINY_MATH:
+        return _TINY_MATH_DIR
+    path = local_path(name)
+    if path is not None:
+        if path.is_dir():
+            return path
+        raise DataError(f"{path} is a file. A model is a folder, or an id on the Hugging Face Hub.")
+    if name.startswith("arealite/"):
+        raise DataError(f"There is no embedded model {name!r}. The only one is {TINY_MATH!r}.")
+    if not is_hub_id(name):
+        raise DataError(
+            f"There is no model folder {name!r}, and it is no Hugging Face id: those look like "
+            "'Qwen/Qwen2.5-0.5B'."
+        )
+    return None
+
+
+def _missing_weights(folder: Path) -> list[str]:
+    """Weight files that the folder should have and does not."""
+    for index in folder.glob("*.index.json"):
+        try:
+            shards = set(json.loads(index.read_text())["weight_map"].values())
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise DataError(f"{index} is not an index of weight files: {error!r}.") from error
+        return sorted(shard for shard in shards if not (folder / shard).is_file())
+    if any(path.is_file() for pattern in _WEIGHT_PATTERNS for path in folder.glob(pattern)):
+        return []
+    return ["model.safetensors"]
+
+
+def _describe_model_folder() -> str:
+    return "A model folder holds config.json, the weights (safetensors) and the tokenizer files."
+
+
+def _why(folder: Path | None, error: Exception) -> str:
+    reason = (str(error).strip() or repr(error)).splitlines()[0]
+    if folder is not None:
+        return f"{reason} Copy the tokenizer files of the model it was made from."
+    return (
+        f"{reason} There is no folder of that name; if it is a Hub id, check its spelling, the "
+        "network and, for a gated model, `hf auth login`."
+    )
+
+
+def _check_tokenizer(name: str, tokenizer: "PreTrainedTokenizerBase") -> None:
+    if tokenizer.chat_template is None:
+        raise DataError(
+            f"The tokenizer of {name} has no chat template, so prompts cannot be rendered. Use the "
+            "instruct variant of the model, or put a chat_template.jinja into its folder."
+        )
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            f"The tokenizer of {name} has no end token, so no answer could ever end. Set "
+            "`eos_token` in its tokenizer_config.json."
+        )
+
+
+def _check_fits_model(name: str, folder: Path | None, tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raise if the model has no row for some token; a folder with a tokenizer alone passes."""
+    from transformers import AutoConfig
+
+    if folder is not None and not (folder / "config.json").is_file():
+        return
+    try:
+        config = AutoConfig.from_pretrained(folder or name).get_text_config()
+    except (OSError, ValueError):
+        return  # its trainer or server says more about a config that cannot be read
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= config.vocab_size:
+        raise DataError(
+            f"The tokenizer of {name} has token ids up to {largest}, its model knows only "
+            f"{config.vocab_size}. They belong to different models: use one folder for both."
+        )

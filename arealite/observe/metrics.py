@@ -1,0 +1,277 @@
+"""Metrics of a run: computed on every rank, written and printed by rank 0.
+
+    with MetricLogger(cfg.out_dir, cfg) as metrics:                    # rank 0 writes
+        ...
+        metrics.log(version + 1, rollout_metrics(groups, version), train_metrics(stats))
+
+A version is the number of completed training steps; the values of step `version` describe the
+batch that made it. Names, in the order in which a step meets them:
+
+| name | definition |
+|---|---|
+| rollout/reward | mean reward of the batch's trajectories |
+| rollout/response_length | mean number of sampled tokens per trajectory |
+| rollout/response_length_max | largest number of sampled tokens of a trajectory |
+| rollout/truncated_share | share of trajectories that ran out of their token budget (`length`) |
+| rollout/staleness_mean | mean over sampled tokens of: versions between sampling and training |
+| rollout/staleness_max | the same, largest |
+| rollout/tokens | sampled tokens in the batch |
+| groups/constant_share | share of groups in which every reward is equal: they teach nothing |
+| gate/logprob_gap_mean | mean abs(server - trainer log-prob) of tokens, from `gates.logprob_gap` |
+| gate/logprob_gap_max | the same, largest |
+| train/loss | mean over the step's optimizer steps, without skipped ones |
+| train/grad_norm | the same, of the gradient norm before clipping |
+| train/lr | learning rate of the last optimizer step |
+| train/skipped | optimizer steps left out because their gradient was not finite |
+| train/NAME | LossOutput.metrics NAME: mean over trainable tokens, without skipped steps |
+| time/step_s | seconds since the previous call of `log`, so without evaluation and start-up |
+| time/tokens_per_s | rollout/tokens per time/step_s |
+| eval/reward | mean reward of greedy samples on test rows, from the recipe's `evaluate` |
+| time_s | seconds since the run began, waiting included; a resumed run counts on |
+
+`rollout/...` and `groups/...` are over all ranks. A value that does not exist, as a mean of
+nothing, is nan; in metrics.jsonl it is null.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from time import monotonic
+
+from arealite import dist
+from arealite.errors import ConfigError
+from arealite.observe.json_lines import JsonLines, read_json_lines
+from arealite.observe.settings import save_settings
+from arealite.observe.sinks import Sinks
+from arealite.observe.summary import Steps, format_summary, median_step_s, summarize
+from arealite.observe.terminal import StepTable, show, warn
+from arealite.types import StepStats, Trajectory
+
+
+def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, float]:
+    """Means over the trajectories of all ranks; collective, so call it on every rank.
+
+    Args:
+        groups: this rank's share of the batch; may be empty.
+        version: of the policy that is about to train on them, for the staleness.
+    """
+    trajectories = [trajectory for group in groups for trajectory in group]
+    lengths = [trajectory.response_length for trajectory in trajectories]
+    staleness = [
+        version - sampled_by
+        for trajectory in trajectories
+        for sampled_by, is_sampled in zip(trajectory.versions, trajectory.loss_mask, strict=True)
+        if is_sampled
+    ]
+    rewards, truncated, count, num_tokens, lag, constant, num_groups = dist.sum(
+        [
+            sum(trajectory.reward for trajectory in trajectories),
+            sum(trajectory.finish_reason == "length" for trajectory in trajectories),
+            len(trajectories),
+            sum(lengths),
+            sum(staleness),
+            sum(len({trajectory.reward for trajectory in group}) == 1 for group in groups),
+            len(groups),
+        ]
+    )
+    extremes = dist.gather((max(lengths, default=0), max(staleness, default=0)))
+    return {
+        "rollout/reward": _ratio(rewards, count),
+        "rollout/response_length": _ratio(num_tokens, count),
+        "rollout/response_length_max": float(max(length for length, _ in extremes)),
+        "rollout/truncated_share": _ratio(truncated, count),
+        "rollout/staleness_mean": _ratio(lag, num_tokens),
+        "rollout/staleness_max": float(max(age for _, age in extremes)),
+        "rollout/tokens": num_tokens,
+        "groups/constant_share": _ratio(constant, num_groups),
+    }
+
+
+def train_metrics(stats: list[StepStats]) -> dict[str, float]:
+    """One value per name over the optimizer steps of a training step; nothing for no steps.
+
+    Needs no communication: `StepStats` already is the same on every rank.
+    """
+    if not stats:
+        return {}
+    taken = [step for step in stats if not step.skipped]
+    names = sorted({name for step in stats for name in step.metrics})
+    return {
+        "train/loss": _ratio(sum(step.loss for step in taken), len(taken)),
+        "train/grad_norm": _ratio(sum(step.grad_norm for step in taken), len(taken)),
+        "train/lr": stats[-1].lr,
+        "train/skipped": float(len(stats) - len(taken)),
+        **{f"train/{name}": _token_mean(taken, name) for name in names},
+    }
+
+
+def read_metrics(out_dir: str | Path) -> dict[int, dict[str, float]]:
+    """Per version in ascending order, the values of all its lines; later lines win.
+
+    Only `time_s` is the one of a version's first line: when its training step was done.
+    For pandas: `DataFrame.from_dict(read_metrics(out_dir), orient="index")`.
+    """
+    path = Path(out_dir) / "metrics.jsonl"
+    steps: Steps = {}
+    for line in read_json_lines(path) if path.is_file() else ():
+        values = {name: float(value) for name, value in line.items() if _is_number(value)}
+        _merge(steps, int(values.pop("version")), values)
+    return dict(sorted(steps.items()))
+
+
+class MetricLogger:
+    """Writes metrics.jsonl, prints the table and feeds the sinks. Only rank 0 does anything.
+
+    The constructor is collective: it makes `out_dir`, saves the resolved configuration there as
+    config.yaml, shows what changed if one was there, and refuses a changed model, data set or
+    seed if there also is a checkpoint. Take the `RunLock` of the folder first.
+
+    Args:
+        out_dir: folder of the run.
+        cfg: the recipe's configuration. Its fields `steps` (for the time left) and `sinks` are
+            used if there are such.
+        sinks: "wandb", "tensorboard", both or none; by default those of `cfg.sinks`.
+
+    Raises:
+        ConfigError: the folder cannot be written, a sink is not installed, or what is said above.
+    """
+
+    def __init__(
+        self, out_dir: str | Path, cfg: object, *, sinks: Sequence[str] | None = None
+    ) -> None:
+        self.out_dir = Path(out_dir)
+        self._cfg = cfg
+        self._num_steps: int | None = getattr(cfg, "steps", None)
+        self._lines = JsonLines(self.out_dir / "metrics.jsonl")
+        self._table = StepTable(self._num_steps)
+        self._steps: Steps = {}
+        self._is_writer = dist.rank() == 0
+        self._is_resumed = False
+        self._created_s = self._began_s = monotonic()
+        self._last_log_s: float | None = None
+        names = getattr(cfg, "sinks", ()) if sinks is None else sinks
+        self._sinks = Sinks(names, self.out_dir, cfg)
+        # Every rank raises: one that went on would wait for the others until its timeout.
+        problem = dist.broadcast(self._prepare() if self._is_writer else None)
+        if problem is not None:
+            raise ConfigError(problem)
+
+    def resume(self, version: int) -> None:
+        """Continue after `version` training steps: remove the lines of later ones.
+
+        They are from a run that was killed after its last checkpoint; those steps are done again.
+        Without this call the first `log(version, ...)` does it as `resume(version - 1)`.
+        """
+        if not self._is_writer:
+            return
+        num_removed = self._lines.drop_from(version + 1)
+        if num_removed:
+            show(f"{self._lines.path}: removed {num_removed} lines of steps after step {version}.")
+        self._steps = read_metrics(self.out_dir)
+        past_s = max((values["time_s"] for values in self._steps.values()), default=0.0)
+        self._began_s = self._created_s - past_s
+        self._sinks.open(first_version=version + 1)
+        self._is_resumed = True
+
+    def log(self, version: int, *metrics: dict[str, float]) -> None:
+        """Record the values of one version; may be called several times for the same one."""
+        if not self._is_writer:
+            return
+        if not self._is_resumed:
+            self.resume(version - 1)
+        values = {name: float(value) for part in metrics for name, value in part.items()}
+        is_training = any(name.startswith(("rollout/", "train/")) for name in values)
+        now_s = monotonic()
+        if is_training and version not in self._steps and self._last_log_s is not None:
+            values |= _speed(now_s - self._last_log_s, values)
+        self._last_log_s = now_s
+
+        line = {"time_s": now_s - self._began_s, **values}
+        self._lines.append([{"version": version, **line}])
+        _merge(self._steps, version, line)
+        self._sinks.log(version, values)
+        if is_training:
+            self._table.show_step(version, self._steps[version], self._seconds_left(version))
+        evaluation = {name: value for name, value in values.items() if name.startswith("eval/")}
+        if evaluation:
+            self._table.show_evaluation(version, evaluation)
+
+    def summary(self) -> dict[str, float]:
+        """The run in a dozen numbers, resumed parts included; empty on ranks other than 0."""
+        return summarize(self._steps)
+
+    def close(self) -> None:
+        """Print the summary, draw curve.png and close the sinks; once."""
+        if len(self._steps) > 1:
+            self._draw_curve()
+        if self._steps:
+            for line in format_summary(self.summary(), self.out_dir):
+                show(line)
+        self._sinks.close()
+        self._steps = {}
+
+    def __enter__(self) -> "MetricLogger":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _prepare(self) -> str | None:
+        """Make the folder and config.yaml; returns what is wrong."""
+        try:
+            self._sinks.check()
+            self.out_dir.mkdir(parents=True, exist_ok=True)
+            save_settings(self._cfg, self.out_dir)
+        except ConfigError as error:
+            return str(error)
+        except OSError as error:
+            return (
+                f"out_dir={self.out_dir} cannot be written ({error.strerror}). "
+                "Set out_dir to a folder that you may write to, on a disk with free space."
+            )
+        return None
+
+    def _seconds_left(self, version: int) -> float | None:
+        step_s = median_step_s(self._steps)
+        if self._num_steps is None or step_s is None:
+            return None
+        return step_s * (self._num_steps - version)
+
+    def _draw_curve(self) -> None:
+        # Here and not at the top: matplotlib takes half a second to import.
+        from arealite.observe.plots import plot_curve
+
+        try:
+            plot_curve(self.out_dir)
+        except Exception as error:  # a picture is no reason to fail a run that is done
+            warn(f"curve.png could not be drawn ({type(error).__name__}: {error}).")
+
+
+def _ratio(total: float, count: float) -> float:
+    return total / count if count else math.nan
+
+
+def _token_mean(steps: list[StepStats], name: str) -> float:
+    """Mean of one metric over the tokens of all optimizer steps that have it."""
+    counted = [step for step in steps if name in step.metrics]
+    total = sum(step.metrics[name] * step.num_tokens for step in counted)
+    return _ratio(total, sum(step.num_tokens for step in counted))
+
+
+def _speed(step_s: float, values: dict[str, float]) -> dict[str, float]:
+    """Duration of a step and sampled tokens per second; empty if the clock did not move."""
+    if step_s <= 0:
+        return {}
+    tokens_per_s = values.get("rollout/tokens", math.nan) / step_s
+    return {"time/step_s": step_s, "time/tokens_per_s": tokens_per_s}
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _merge(steps: Steps, version: int, values: dict[str, float]) -> None:
+    known = steps.setdefault(version, {})
+    time_s = known.get("time_s", values.get("time_s", 0.0))
+    known.update(values)
+    known["time_s"] = time_s

@@ -1,0 +1,86 @@
+"""A whole run in a dozen numbers."""
+
+import math
+import statistics
+from pathlib import Path
+
+from arealite.observe.terminal import format_duration
+
+Steps = dict[int, dict[str, float]]
+"""Values per version in ascending order, as `read_metrics` returns them."""
+
+
+def column(steps: Steps, name: str) -> list[float]:
+    """The values of one metric over all versions that have it."""
+    values = [step.get(name, math.nan) for step in steps.values()]
+    return [value for value in values if not math.isnan(value)]
+
+
+def summarize(steps: Steps) -> dict[str, float]:
+    """What a run did and how long it took; empty for no steps.
+
+    `time_to_first_step_s` and `total_s` count from the start of the run to the end of its first
+    and last training step, over all resumed parts; `step_s` is the median, so that a pause does
+    not count. What was never measured is absent.
+    """
+    times_s = [step["time_s"] for step in steps.values() if "train/loss" in step]
+    gaps = column(steps, "gate/logprob_gap_mean")
+    summary: dict[str, float] = {}
+    if times_s:
+        summary |= {"steps": float(len(times_s)), "time_to_first_step_s": times_s[0]}
+        summary |= {"total_s": times_s[-1]}
+    if step_s := median_step_s(steps):
+        summary["step_s"] = step_s
+    for label, name in (
+        ("eval_reward", "eval/reward"),
+        ("reward", "rollout/reward"),
+        ("response_length", "rollout/response_length"),
+    ):
+        if values := column(steps, name):
+            summary |= {f"{label}_first": values[0], f"{label}_last": values[-1]}
+    if worst := column(steps, "rollout/staleness_max"):
+        summary["staleness_max"] = max(worst)
+    if gaps:
+        summary["logprob_gap_mean"] = statistics.fmean(gaps)
+    if skipped := column(steps, "train/skipped"):
+        summary["skipped"] = sum(skipped)
+    return summary
+
+
+def median_step_s(steps: Steps) -> float | None:
+    """The usual duration of a training step; None before two of them are done."""
+    durations_s = column(steps, "time/step_s")
+    return statistics.median(durations_s) if durations_s else None
+
+
+def format_summary(summary: dict[str, float], out_dir: Path) -> list[str]:
+    """The summary as aligned lines for the terminal, then where the files are."""
+    rows = {
+        "steps": _text(summary, "steps", "{:.0f}"),
+        "time to first step": _duration(summary, "time_to_first_step_s"),
+        "total time": _duration(summary, "total_s"),
+        "time per step (median)": _duration(summary, "step_s"),
+        "reward in evaluation": _change(summary, "eval_reward", 3),
+        "reward in training": _change(summary, "reward", 3),
+        "response length in tokens": _change(summary, "response_length", 1),
+        "worst staleness in versions": _text(summary, "staleness_max", "{:.0f}"),
+        "|server - trainer| log-prob": _text(summary, "logprob_gap_mean", "{:.5f}"),
+        "skipped optimizer steps": _text(summary, "skipped", "{:.0f}"),
+        "files": ", ".join(sorted(path.name for path in out_dir.glob("[!.]*"))),
+        "in": str(out_dir.resolve()),
+    }
+    return ["", *(f"{label:>28}  {text}" for label, text in rows.items() if text)]
+
+
+def _text(summary: dict[str, float], name: str, pattern: str) -> str:
+    return pattern.format(summary[name]) if name in summary else ""
+
+
+def _duration(summary: dict[str, float], name: str) -> str:
+    return format_duration(summary[name]) if name in summary else ""
+
+
+def _change(summary: dict[str, float], label: str, digits: int) -> str:
+    if f"{label}_first" not in summary:
+        return ""
+    return f"{summary[f'{label}_first']:.{digits}f} -> {summary[f'{label}_last']:.{digits}f}"

@@ -1,0 +1,344 @@
+"""Runs episodes beside training: admits rows, collects groups, and brings every error home.
+
+    main thread                         rollout thread (arealite.background)
+    next_batch() <── groups in order ── episodes, as many at once as admission allows
+    push_weights ── engine.version ──>  admission: how far ahead of training it may run
+
+Nothing is lost in silence: a row whose episode fails or is rejected is recorded in `lost` with its
+reason, the next row takes its slot, and many failures raise in the main thread.
+"""
+
+import asyncio
+import concurrent.futures
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+
+from arealite import background, dist
+from arealite.api import InferenceEngine, RolloutWorkflow
+from arealite.data.order import RowOrder
+from arealite.errors import (
+    ConfigError,
+    DeadlineError,
+    PromptTooLongError,
+    RolloutError,
+    TrajectoryError,
+)
+from arealite.rollout.admission import Admission, Ticket, merge_cursors
+from arealite.types import Cursor, Row, Trajectory
+
+POLL_S = 0.01
+"""How often the rollout thread looks for a new weight version."""
+FAILURE_WINDOW = 64
+"""Latest episodes over which the share of failures is taken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    """How rollouts are produced."""
+
+    prompts_per_step: int = 128
+    """Prompts in one training batch over all ranks; must divide by the number of ranks."""
+    max_staleness: int = 2
+    """How many weight versions a group may lag behind the policy in training; 0 is synchronous."""
+    max_running_prompts: int = 0
+    """Prompts in flight over all ranks; 0: as many as max_staleness admits."""
+    episode_timeout_s: float = 600.0
+    """Limit of one episode in seconds; beyond it the row is recorded as failed."""
+    batch_timeout_s: float = 1800.0
+    """Limit in seconds for next_batch, which then raises and says what it waited for."""
+    max_failure_share: float = 0.1
+    """Share of the latest 64 episodes that may fail before the run stops."""
+
+    def __post_init__(self) -> None:
+        if self.prompts_per_step < 1:
+            raise ConfigError(
+                f"rollout.prompts_per_step={self.prompts_per_step} must be at least 1."
+            )
+        for name in ("max_staleness", "max_running_prompts"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"rollout.{name}={getattr(self, name)} must be 0 or more.")
+        for name in ("episode_timeout_s", "batch_timeout_s"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"rollout.{name}={getattr(self, name)} must be above 0.")
+        if not 0 <= self.max_failure_share <= 1:
+            raise ConfigError(
+                f"rollout.max_failure_share={self.max_failure_share} must be between 0 and 1."
+            )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LostRow:
+    """A row that was started and will not be trained on."""
+
+    place: int  # in the run's order
+    reason: str  # "rejected", or "failed: " and the error
+
+
+class RolloutExecutor:
+    """Produces training batches in the order of the rows. Use it as a context manager.
+
+    Args:
+        rows: the whole data set; this rank takes its share of the endless shuffled order.
+        seed: of the order, which is a pure function of (seed, epoch, index).
+        start: where the run stands, from `load_checkpoint`.
+    """
+
+    def __init__(
+        self,
+        engine: InferenceEngine,
+        workflow: RolloutWorkflow,
+        rows: Sequence[Row],
+        cfg: RolloutConfig,
+        *,
+        seed: int = 0,
+        start: Cursor | None = None,
+    ) -> None:
+        ranks = dist.world_size()
+        if cfg.prompts_per_step % ranks:
+            raise ConfigError(_does_not_divide(cfg.prompts_per_step, ranks))
+        self._engine = engine
+        self._workflow = workflow
+        self._rows = rows
+        self._order = RowOrder(len(rows), seed=seed)
+        self._cfg = cfg
+        batch = cfg.prompts_per_step // ranks
+        self._admission = Admission[list[Trajectory]](
+            batch=batch,
+            max_staleness=cfg.max_staleness,
+            max_running=cfg.max_running_prompts // ranks or batch * (cfg.max_staleness + 1),
+            start=start or Cursor(),
+            rank=dist.rank(),
+            world_size=ranks,
+        )
+        self._patience = 10 * batch + FAILURE_WINDOW  # rows in a row that may give nothing
+        self._lost: list[LostRow] = []
+        self._recent_failures = deque[bool](maxlen=FAILURE_WINDOW)
+        self._lost_in_a_row = 0
+        self._first_failure: Exception | None = None
+        self._error: Exception | None = None
+        self._changed = threading.Condition()
+        self._closing = False
+        self._future = background.submit(self._run())
+
+    def next_batch(self) -> list[list[Trajectory]]:
+        """This rank's groups for the next training step, in the order of the rows.
+
+        Raises:
+            RolloutError: too many episodes failed, or all were rejected.
+            PromptTooLongError: a row does not fit into the model's context.
+            DeadlineError: nothing came within `batch_timeout_s`.
+        """
+        deadline = time.monotonic() + self._cfg.batch_timeout_s
+        with self._changed:
+            while (groups := self._admission.take()) is None:
+                if self._error is not None:
+                    raise self._error
+                if time.monotonic() > deadline:
+                    raise DeadlineError(
+                        f"next_batch waited {self._cfg.batch_timeout_s:.0f} s: "
+                        f"{self._admission.waiting_for()}. Look at the server's log, or raise "
+                        "rollout.batch_timeout_s."
+                    )
+                self._changed.wait(timeout=1.0)
+        return groups
+
+    def cursor(self, version: int) -> Cursor:
+        """Where the run stands after `version` training steps; a collective of all ranks."""
+        with self._changed:
+            part = self._admission.unconsumed()
+        return merge_cursors(version, dist.gather(part))
+
+    def take_lost(self) -> list[LostRow]:
+        """This rank's rows that were rejected or failed since the last call."""
+        with self._changed:
+            lost, self._lost = self._lost, []
+        return lost
+
+    def close(self) -> None:
+        """Stop all episodes and wait until they have ended."""
+        self._closing = True
+        try:
+            self._future.result(10)
+        except concurrent.futures.TimeoutError as error:
+            raise DeadlineError(
+                "The rollout thread did not stop within 10 s: a workflow blocks its event loop. "
+                "Await what takes time, or run it in asyncio.to_thread."
+            ) from error
+
+    def __enter__(self) -> "RolloutExecutor":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    async def _run(self) -> None:
+        episodes = set[asyncio.Task[None]]()
+        try:
+            while not self._closing:
+                for ticket in self._tickets():
+                    episode = asyncio.create_task(self._run_episode(ticket))
+                    episodes.add(episode)
+                    episode.add_done_callback(episodes.discard)
+                await asyncio.sleep(POLL_S)
+        except Exception as error:  # whatever it is, the main thread must not wait for ever
+            self._fail(error)
+        finally:
+            for episode in episodes:
+                episode.cancel()
+            await asyncio.gather(*episodes, return_exceptions=True)
+
+    def _tickets(self) -> list[Ticket]:
+        tickets: list[Ticket] = []
+        with self._changed:
+            while (ticket := self._admission.start(self._engine.version)) is not None:
+                tickets.append(ticket)
+        return tickets
+
+    async def _run_episode(self, ticket: Ticket) -> None:
+        """One row: its group, or the reason why there is none, goes to the admission."""
+        row = self._rows[self._order[ticket.place]]
+        try:
+            async with asyncio.timeout(self._cfg.episode_timeout_s):
+                group = await self._workflow.arun_episode(self._engine, row)
+            if group is None:
+                self._lose(ticket, None)
+            else:
+                self._accept(ticket, check_group(group, self._workflow))
+        except Exception as error:
+            self._lose(ticket, first_cause(error))
+
+    def _accept(self, ticket: Ticket, group: list[Trajectory]) -> None:
+        labelled = [replace(trajectory, row_index=ticket.place) for trajectory in group]
+        with self._changed:
+            self._recent_failures.append(False)
+            self._lost_in_a_row = 0
+            self._admission.accept(ticket.slot, labelled)
+            self._changed.notify_all()
+
+    def _lose(self, ticket: Ticket, error: Exception | None) -> None:
+        reason = f"failed: {describe(error)}" if error else "rejected"
+        with self._changed:
+            self._lost.append(LostRow(place=ticket.place, reason=reason))
+            self._recent_failures.append(error is not None)
+            self._lost_in_a_row += 1
+            self._first_failure = self._first_failure or error
+            self._admission.lose(ticket.slot)
+        if isinstance(error, PromptTooLongError | ConfigError):
+            self._fail(error)
+        elif sum(self._recent_failures) > self._cfg.max_failure_share * FAILURE_WINDOW:
+            self._fail(self._too_many_failures())
+        elif self._lost_in_a_row > self._patience:
+            self._fail(
+                RolloutError(
+                    f"{self._lost_in_a_row} rows in a row gave no group; the last was {reason}. "
+                    "Check what the workflow rejects."
+                )
+            )
+
+    def _too_many_failures(self) -> RolloutError:
+        error = RolloutError(
+            f"{sum(self._recent_failures)} of the latest {len(self._recent_failures)} episodes "
+            f"failed, more than rollout.max_failure_share={self._cfg.max_failure_share} of "
+            f"{FAILURE_WINDOW}. The first: {describe(self._first_failure)}"
+        )
+        error.__cause__ = self._first_failure
+        return error
+
+    def _fail(self, error: Exception) -> None:
+        with self._changed:
+            self._error = self._error or error
+            self._closing = True
+            self._changed.notify_all()
+
+
+def run_episodes(
+    engine: InferenceEngine,
+    workflow: RolloutWorkflow,
+    rows: Sequence[Row],
+    *,
+    max_running: int = 256,
+    timeout_s: float = 1800.0,
+) -> list[list[Trajectory]]:
+    """The group of each row, for evaluation: at once, whatever the staleness of training.
+
+    Rows that the workflow rejects are left out.
+
+    Raises:
+        RolloutError: an episode failed, so that the mean would be over other rows than asked for.
+    """
+    gate = asyncio.Semaphore(max_running)
+
+    async def run_one(row: Row) -> list[Trajectory] | None:
+        async with gate:
+            group = await workflow.arun_episode(engine, row)
+        return None if group is None else check_group(group, workflow)
+
+    async def run_all() -> list[list[Trajectory] | None]:
+        async with asyncio.TaskGroup() as episodes:
+            tasks = [episodes.create_task(run_one(row)) for row in rows]
+        return [task.result() for task in tasks]
+
+    try:
+        groups = background.run(run_all(), timeout_s=timeout_s, what=f"{len(rows)} episodes")
+    except ExceptionGroup as errors:
+        cause = first_cause(errors)
+        raise RolloutError(f"An episode failed: {describe(cause)}") from cause
+    return [group for group in groups if group is not None]
+
+
+def check_group(group: list[Trajectory], workflow: RolloutWorkflow) -> list[Trajectory]:
+    """The group, if each trajectory's fields fit together.
+
+    Raises:
+        TrajectoryError: naming the workflow and the field.
+    """
+    name = f"{type(workflow).__name__}.arun_episode"
+    if not group or not all(isinstance(item, Trajectory) for item in group):
+        raise TrajectoryError(
+            f"{name} returned {group!r:.80}. Return a list of Trajectory, or None to reject the "
+            "row."
+        )
+    for trajectory in group:
+        length = len(trajectory.token_ids)
+        for field in ("loss_mask", "behavior_logprobs", "versions"):
+            if len(getattr(trajectory, field)) != length:
+                raise TrajectoryError(
+                    f"{name} returned {len(getattr(trajectory, field))} {field} for {length} "
+                    "tokens. Build trajectories with Transcript, which keeps them aligned."
+                )
+        if not any(trajectory.loss_mask) or trajectory.loss_mask[0]:
+            raise TrajectoryError(
+                f"{name} returned a trajectory that begins with a sampled token or has none. "
+                "Build trajectories with Transcript, from a prompt and a response."
+            )
+    return group
+
+
+def first_cause(error: Exception) -> Exception:
+    """The first error inside nested groups of errors."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def describe(error: BaseException | None) -> str:
+    """The error's type and message, in one line where it has one."""
+    return f"{type(error).__name__}: {error}".removesuffix(": ")
+
+
+def _does_not_divide(prompts: int, ranks: int) -> str:
+    below = prompts // ranks * ranks
+    choices = " or ".join(str(choice) for choice in (below, below + ranks) if choice)
+    return (
+        f"rollout.prompts_per_step={prompts} does not divide by the {ranks} ranks of this run. "
+        f"Set it to {choices}."
+    )

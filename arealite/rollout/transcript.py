@@ -1,0 +1,135 @@
+"""A conversation as a ledger of tokens: what the policy sampled stays exactly as it was sampled.
+
+    messages -> chat template -> ids   [masked]
+    ModelResponse.token_ids            [trained on]
+    new message -> rendered alone -> ids   [masked]
+    ...
+
+Nothing the model produced is ever tokenized again.
+"""
+
+from transformers import PreTrainedTokenizerBase
+
+from arealite.errors import TrajectoryError
+from arealite.rewards.pool import RewardFn, score
+from arealite.types import ModelRequest, ModelResponse, Row, SamplingParams, Trajectory
+
+Message = dict[str, str]
+
+# A message that no template rewrites, to find out what a template puts behind an answer.
+_PROBE = "arealite-probe"
+
+
+class Transcript:
+    """One conversation, from its first messages to a finished `Trajectory`."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> None:
+        self._tokenizer = tokenizer
+        self._reply: ModelResponse | None = None
+        self._temperature: float | None = None
+        text = _render(tokenizer, messages)
+        self._token_ids: list[int] = _encode(tokenizer, text)
+        self._loss_mask = [False] * len(self._token_ids)
+        self._behavior_logprobs = [0.0] * len(self._token_ids)
+        self._versions = [-1] * len(self._token_ids)
+
+    @property
+    def last_text(self) -> str:
+        """The last response as text, without special tokens; empty before the first."""
+        if self._reply is None:
+            return ""
+        return str(self._tokenizer.decode(self._reply.token_ids, skip_special_tokens=True))
+
+    def request(self, sampling: SamplingParams) -> ModelRequest:
+        """The whole conversation so far, as the next thing to ask the engine."""
+        if self._temperature not in (None, sampling.temperature):
+            raise TrajectoryError(
+                f"One conversation was sampled at temperature {self._temperature} and then at "
+                f"{sampling.temperature}; the trainer applies one per trajectory."
+            )
+        self._temperature = sampling.temperature
+        return ModelRequest(token_ids=list(self._token_ids), sampling=sampling)
+
+    def add_response(self, response: ModelResponse) -> None:
+        """Append what the policy sampled; these are the tokens to train on."""
+        length = len(response.token_ids)
+        if not length == len(response.behavior_logprobs) == len(response.versions):
+            raise TrajectoryError(
+                f"A response has {length} tokens, {len(response.behavior_logprobs)} log-probs and "
+                f"{len(response.versions)} versions. An InferenceEngine returns one of each."
+            )
+        self._reply = response
+        self._token_ids += response.token_ids
+        self._loss_mask += [True] * length
+        self._behavior_logprobs += response.behavior_logprobs
+        self._versions += response.versions
+
+    def add_message(self, role: str, content: str) -> None:
+        """Append a message that the policy did not write, such as a tool's result.
+
+        Raises:
+            TrajectoryError: the chat template rewrites earlier messages when one is added, so
+                that the tokens sampled so far cannot be kept.
+        """
+        if self._reply is None:
+            raise TrajectoryError("add_message comes after a response; start with all messages.")
+        suffix = _encode(self._tokenizer, self._suffix({"role": role, "content": content}))
+        # A response that ended by itself already holds the end token that the suffix begins with.
+        if self._reply.token_ids and suffix[:1] == self._reply.token_ids[-1:]:
+            suffix = suffix[1:]
+        self._token_ids += suffix
+        self._loss_mask += [False] * len(suffix)
+        self._behavior_logprobs += [0.0] * len(suffix)
+        self._versions += [-1] * len(suffix)
+
+    async def finish(self, reward: RewardFn, row: Row) -> Trajectory:
+        """The trajectory, with the reward of the last response.
+
+        Args:
+            reward: a `def` runs in a worker process that can be killed; an `async def` on this
+                loop, with a deadline.
+
+        Raises:
+            RewardError: it gave no number.
+        """
+        if self._reply is None or self._temperature is None:
+            raise TrajectoryError("finish comes after at least one request and its response.")
+        value = await score(reward, self.last_text, row)
+        return Trajectory(
+            token_ids=self._token_ids,
+            loss_mask=self._loss_mask,
+            behavior_logprobs=self._behavior_logprobs,
+            versions=self._versions,
+            reward=value,
+            temperature=self._temperature,
+            finish_reason=self._reply.finish_reason,
+        )
+
+    def _suffix(self, message: Message) -> str:
+        """What the template puts between the text of an answer and that of the next one."""
+        before: list[Message] = [
+            {"role": "user", "content": _PROBE},
+            {"role": "assistant", "content": _PROBE},
+        ]
+        earlier = _render(self._tokenizer, before, is_open=False)
+        text = _render(self._tokenizer, [*before, message])
+        if not text.startswith(earlier):
+            raise TrajectoryError(
+                f"The chat template of {self._tokenizer.name_or_path} changes earlier messages "
+                "when one is added, so a conversation cannot be continued token for token. Use "
+                "one request per trajectory, or a template that only appends."
+            )
+        return text[earlier.rindex(_PROBE) + len(_PROBE) :]
+
+
+def _render(
+    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, is_open: bool = True
+) -> str:
+    return str(
+        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
+    )
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    # The template has already written every special token.
+    return list(tokenizer.encode(text, add_special_tokens=False))

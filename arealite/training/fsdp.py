@@ -1,0 +1,286 @@
+"""FSDPEngine: log-probs and optimizer steps of a model that is sharded over all ranks.
+
+    MicroBatch --to device--> PolicyModel (root of FSDP2) --> log-probs [T] --> loss_fn --> backward
+                                                      gradients summed, once, in the last backward
+
+Micro-batches live on the CPU between calls, so a recipe never mentions a device.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from arealite import dist
+from arealite.errors import ConfigError
+from arealite.training import export
+from arealite.training.model import PolicyModel, blocks, check_model, load_model, on_device
+from arealite.training.optimizer import lr_at, make_optimizer
+from arealite.types import LossFn, MicroBatch, StepStats
+
+
+@dataclass(frozen=True, kw_only=True)
+class FSDPConfig:
+    """The optimizer, its schedule, and how the model is laid out in memory."""
+
+    lr: float = 1e-5
+    """Learning rate after warm-up; 0 computes everything and changes nothing."""
+    warmup_steps: int = 0
+    """Optimizer steps over which lr rises in equal parts to its full value."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """What lr does after warm-up; linear and cosine fall until total_steps."""
+    total_steps: int | None = None
+    """Optimizer steps of the whole run (steps times minibatches); linear and cosine need it."""
+    min_lr_ratio: float = 0.0
+    """Share of lr at which linear and cosine end."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled decay per step, times lr; not applied to biases and norms."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's decay of the mean gradient and of the mean squared gradient."""
+    eps: float = 1e-8
+    """AdamW's addend of the denominator; matters for gradients of about this size."""
+    max_grad_norm: float = 1.0
+    """A gradient with a larger norm, over all weights of all ranks, is scaled down to this."""
+    micro_batch_tokens: int = 8192
+    """Tokens in one forward pass of one rank; lower it when memory runs out, results stay."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the computation; weights and optimizer are float32. auto: bfloat16 on CUDA only."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass: less memory, about a third more time."""
+    reshard_after_forward: bool = True
+    """Free each block between forward and backward; False is faster and takes more memory."""
+    cpu_offload: bool = False
+    """Keep weights, gradients and optimizer in CPU memory between uses; no effect without CUDA."""
+
+    def __post_init__(self) -> None:
+        beta_1, beta_2 = self.betas
+        checks = {
+            "lr": (self.lr, 0 <= self.lr < math.inf, "0 or more"),
+            "warmup_steps": (self.warmup_steps, self.warmup_steps >= 0, "0 or more"),
+            "min_lr_ratio": (self.min_lr_ratio, 0 <= self.min_lr_ratio <= 1, "between 0 and 1"),
+            "weight_decay": (self.weight_decay, self.weight_decay >= 0, "0 or more"),
+            "betas": (self.betas, 0 <= beta_1 < 1 and 0 <= beta_2 < 1, "two numbers in [0, 1)"),
+            "eps": (self.eps, self.eps > 0, "above 0"),
+            "max_grad_norm": (self.max_grad_norm, self.max_grad_norm > 0, "above 0"),
+            "micro_batch_tokens": (self.micro_batch_tokens, self.micro_batch_tokens > 0, "above 0"),
+        }
+        for name, (value, is_valid, rule) in checks.items():
+            if not is_valid:
+                raise ConfigError(f"train.{name}={value} must be {rule}.")
+        if self.schedule != "constant" and (self.total_steps or 0) <= self.warmup_steps:
+            raise ConfigError(
+                f'train.schedule="{self.schedule}" ends at train.total_steps={self.total_steps}, '
+                f"which must exceed train.warmup_steps={self.warmup_steps}. Set it to the "
+                "optimizer steps of the whole run."
+            )
+
+
+class FSDPEngine:
+    """A `TrainEngine` on FSDP2: one process or many, CPU (gloo) or CUDA (NCCL).
+
+    Every method is a collective. A step whose gradient is not finite is skipped: weights and
+    optimizer state stay, but the call counts for the schedule, as it makes the next version.
+    """
+
+    def __init__(self, model: str, cfg: FSDPConfig) -> None:
+        dist.init()
+        self.cfg = cfg
+        self._source = model
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        hf_model = load_model(model)
+        # Rounded back to these on export, so that a server gets what it would load from disk.
+        self._dtypes = {name: tensor.dtype for name, tensor in hf_model.state_dict().items()}
+        self._policy = PolicyModel(hf_model)
+        self._root = _shard(self._policy, cfg, self._device)
+        self._optimizer = make_optimizer(self._policy, cfg)
+        self._num_calls = 0
+        self._num_skipped = 0
+        check_model(self._policy, self._device)
+        self._reshard()
+
+    @torch.no_grad()
+    def logprobs(self, minibatch: list[MicroBatch]) -> list[torch.Tensor]:
+        """Per micro-batch, the log-prob [T] of each token at its temperature, float32 on the CPU.
+
+        0 for the first token of each sequence.
+        """
+        logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
+        self._reshard()
+        return logprobs
+
+    def step(self, minibatch: list[MicroBatch], loss_fn: LossFn) -> StepStats:
+        """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
+        if not minibatch:
+            raise ConfigError("step() got no micro-batch. Pass one minibatch of those pack made.")
+        self._optimizer.zero_grad(set_to_none=True)
+        sums = []
+        for index, mb in enumerate(minibatch):
+            is_last = index == len(minibatch) - 1
+            self._root.set_requires_gradient_sync(is_last)
+            self._root.set_is_last_backward(is_last)
+            sums.append(self._backward(on_device(mb, self._device), loss_fn))
+        gradients = [_local(p.grad) for p in self._policy.parameters() if p.grad is not None]
+        squared_norm = float(torch.nn.utils.get_total_norm(gradients).double() ** 2)
+        sums.append({"squared_norm": squared_norm})
+        # Summed by name: a rank with only empty micro-batches has no metrics of the loss function.
+        return self._update(gradients, _total(dist.gather(_total(sums))))
+
+    def _backward(self, mb: MicroBatch, loss_fn: LossFn) -> dict[str, float]:
+        """Adds the gradient of one micro-batch; its sums, the loss function's as `metrics/...`."""
+        logprobs, entropy = self._policy(mb)
+        if mb.num_sequences == 0:
+            logprobs.sum().backward()
+            return {}
+        output = loss_fn(logprobs, mb)
+        if not output.total.requires_grad:
+            raise ConfigError(
+                "The loss does not depend on the log-probs it was given, so it has no gradient. "
+                "Compute LossOutput.total from the function's first argument."
+            )
+        output.total.backward()
+        metrics = {"entropy": entropy[mb.loss_mask].sum(), **output.metrics}
+        return {
+            "loss": output.total.item(),
+            "num_tokens": mb.loss_mask.sum().item(),
+            "num_sequences": mb.num_sequences,
+            **{f"metrics/{name}": float(value) for name, value in metrics.items()},
+        }
+
+    def _update(self, gradients: list[torch.Tensor], sums: dict[str, float]) -> StepStats:
+        """Clips, steps unless the gradient is not finite, and counts."""
+        lr = lr_at(self._num_calls, self.cfg)
+        norm = math.sqrt(sums["squared_norm"])
+        is_finite = math.isfinite(norm)
+        if is_finite:
+            if norm > self.cfg.max_grad_norm:
+                for gradient in gradients:
+                    gradient.mul_(self.cfg.max_grad_norm / norm)
+            for group in self._optimizer.param_groups:
+                group["lr"] = lr
+            self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self._num_calls += 1
+        self._num_skipped += not is_finite
+        num_tokens = int(sums.get("num_tokens", 0))
+        return StepStats(
+            loss=sums.get("loss", 0.0),
+            grad_norm=norm,
+            lr=lr,
+            num_tokens=num_tokens,
+            num_sequences=int(sums.get("num_sequences", 0)),
+            skipped=not is_finite,
+            metrics={
+                name.removeprefix("metrics/"): value / max(1, num_tokens)
+                for name, value in sums.items()
+                if name.startswith("metrics/")
+            },
+        )
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Full tensors under their Hugging Face names, in the checkpoint's dtype, on every rank.
+
+        One after the other: the next is gathered when it is asked for, by all ranks. Each is a
+        copy. A head that is tied to the embedding has no tensor of its own.
+        """
+        return export.checkpoint_tensors(self._policy.model, self._dtypes)
+
+    def save(self, path: Path) -> None:
+        """Write weights, optimizer and counters as one torch distributed checkpoint folder."""
+        export.save_state(path, self._policy, self._optimizer, self._counters())
+
+    def load(self, path: Path) -> None:
+        """Continue from `save`, also on another number of ranks.
+
+        Raises CheckpointError if the folder is missing, damaged or of another model.
+        """
+        counters = export.load_state(path, self._policy, self._optimizer, self._counters())
+        self._num_calls, self._num_skipped = counters["num_calls"], counters["num_skipped"]
+
+    def _counters(self) -> dict[str, int]:
+        return {"num_calls": self._num_calls, "num_skipped": self._num_skipped}
+
+    def save_pretrained(self, path: Path) -> None:
+        """Write a Hugging Face model folder, tokenizer included, that plain transformers loads."""
+        export.save_pretrained(path, self._policy.model, self._dtypes, self._source)
+
+    def close(self) -> None:
+        """Free weights and optimizer state; the process group stays. May be called again."""
+        for name in ("_policy", "_root", "_optimizer"):
+            self.__dict__.pop(name, None)
+
+    def _reshard(self) -> None:
+        # After a forward without a backward some weights stay whole, as copies that load() and
+        # named_weights() do not reach.
+        for module in _sharded(self._root):
+            module.reshard()
+
+
+def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPModule:
+    """The policy itself, sharded in place: each block, then the rest with the root."""
+    is_half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
+    if cfg.activation_checkpointing:
+        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
+        policy.train()
+    is_offloaded = cfg.cpu_offload and device.type == "cuda"
+    mesh = init_device_mesh(device.type, (dist.world_size(),))
+    precision = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if is_half else None, reduce_dtype=torch.float32
+    )
+    offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
+    for block in blocks(policy.model):
+        _to_float32(block)
+        fully_shard(
+            block,
+            mesh=mesh,
+            mp_policy=precision,
+            offload_policy=offload,
+            reshard_after_forward=cfg.reshard_after_forward,
+        )
+    _to_float32(policy)
+    root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
+    register_fsdp_forward_method(policy, "hidden_and_reference")
+    # A sum, not FSDP's mean: loss_weight is already divided by the count of all ranks.
+    for module in _sharded(root):
+        module.set_gradient_divide_factor(1.0)
+        module.set_force_sum_reduction_for_comms(True)
+    return root
+
+
+def _sharded(root: FSDPModule) -> list[FSDPModule]:
+    assert isinstance(root, torch.nn.Module)
+    return [module for module in root.modules() if isinstance(module, FSDPModule)]
+
+
+def _to_float32(module: torch.nn.Module) -> None:
+    # Block by block, just before it is sharded: only one block is whole in float32 at a time.
+    for parameter in module.parameters():
+        if parameter.is_floating_point() and not isinstance(parameter, DTensor):
+            parameter.data = parameter.data.float()
+
+
+def _local(tensor: torch.Tensor | None) -> torch.Tensor:
+    """This rank's part of a sharded tensor."""
+    assert tensor is not None
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _total(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    """Values added up by name."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.items():
+            total[name] = total.get(name, 0.0) + value
+    return total

@@ -1,0 +1,62 @@
+import math
+
+import pytest
+
+from arealite.algo.advantages import group_advantages
+from arealite.types import Trajectory
+
+
+def trajectory(reward: float) -> Trajectory:
+    return Trajectory(
+        token_ids=[1, 2],
+        loss_mask=[False, True],
+        behavior_logprobs=[0.0, -1.0],
+        versions=[-1, 0],
+        reward=reward,
+        temperature=1.0,
+        finish_reason="stop",
+    )
+
+
+def group(*rewards: float) -> list[Trajectory]:
+    return [trajectory(reward) for reward in rewards]
+
+
+def test_advantage_is_the_reward_minus_the_mean_of_its_own_group():
+    assert group_advantages([group(1, 0, 0, 0), group(1, 1, 1, 0)]) == [
+        [0.75, -0.25, -0.25, -0.25],
+        [0.25, 0.25, 0.25, -0.75],
+    ]
+
+
+def test_dividing_by_the_group_std_gives_the_published_vector():
+    first, second = group_advantages(
+        [group(1, 0, 0, 0), group(1, 1, 1, 0)], divide_by_std=True
+    )
+    assert first == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    assert second == pytest.approx([0.5, 0.5, 0.5, -1.5], abs=1e-5)
+
+
+# 0.1 three times sums to 0.30000000000000004: a mean that is not 0.1.
+@pytest.mark.parametrize("reward", [0.0, 1.0, 0.1, -1 / 3, 1e300])
+@pytest.mark.parametrize("size", [1, 3, 7, 10])
+@pytest.mark.parametrize("divide_by_std", [False, True])
+def test_group_of_equal_rewards_has_exactly_zero_advantage(
+    reward: float, size: int, divide_by_std: bool
+):
+    advantages = group_advantages([group(*[reward] * size)], divide_by_std=divide_by_std)
+    assert advantages == [[0.0] * size]
+
+
+def test_groups_may_differ_in_size_and_may_be_empty():
+    assert group_advantages([[], group(3), group(2, 0)]) == [[], [0.0], [1.0, -1.0]]
+
+
+def test_scaling_the_reward_scales_the_advantage_only_without_the_std():
+    plain, scaled = group(1, 0, 1, 1), group(5, -5, 5, 5)
+    [by_mean], [scaled_by_mean] = group_advantages([plain]), group_advantages([scaled])
+    assert scaled_by_mean == pytest.approx([10 * value for value in by_mean])
+    [by_std] = group_advantages([plain], divide_by_std=True)
+    [scaled_by_std] = group_advantages([scaled], divide_by_std=True)
+    assert scaled_by_std == pytest.approx(by_std, abs=1e-5)
+    assert math.fsum(by_std) == pytest.approx(0, abs=1e-12)

@@ -1,0 +1,31 @@
+"""Fixtures that several test files share."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from arealite.inference.server import ServerConfig, serve
+from arealite.inference.vllm import VLLMEngine
+from arealite.testing import make_tiny_model
+
+
+@pytest.fixture(scope="session", params=["tied", "untied"])
+def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random Qwen2-shaped model with a byte tokenizer; once tied, once untied."""
+    folder = tmp_path_factory.mktemp(request.param)
+    return make_tiny_model(folder, is_tied=request.param == "tied")
+
+
+@pytest.fixture(scope="session")
+def vllm_address(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A real vLLM server of the tiny model."""
+    logs: Path = tmp_path_factory.mktemp("logs")
+    with serve(tiny_model, ServerConfig(), log_dir=logs) as servers:
+        yield servers.addresses[0]
+
+
+@pytest.fixture
+def engine(vllm_address: str) -> Iterator[VLLMEngine]:
+    with VLLMEngine([vllm_address]) as engine:
+        yield engine

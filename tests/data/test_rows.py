@@ -1,0 +1,214 @@
+import json
+import logging
+from pathlib import Path
+
+import datasets
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from arealite.data import load_rows
+from arealite.errors import DataError
+
+GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
+GOOD = '{"question": "1 + 1?", "answer": "#### 2"}'
+
+
+def write(folder: Path, content: str | bytes, name: str = "train.jsonl") -> str:
+    path = folder / name
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return str(path)
+
+
+def test_rows_come_back_in_order_with_every_key_they_had(tmp_path: Path):
+    rows = [
+        {"question": "a?", "answer": "#### 1", "level": 3, "tags": ["x", None]},
+        {"question": "b? \u2028 <|im_end|> \u202e", "answer": " 2\n"},
+    ]
+    write(tmp_path, "\n".join(json.dumps(row, ensure_ascii=False) for row in rows))
+    assert load_rows(str(tmp_path), split="train") == rows
+
+
+@pytest.mark.parametrize("ending", ["", "\n", "\r\n", "\n\n \n"])
+def test_windows_line_ends_a_byte_order_mark_and_trailing_blank_lines_do_no_harm(
+    tmp_path: Path, ending: str
+):
+    path = write(tmp_path, b"\xef\xbb\xbf" + f"{GOOD}\r\n{GOOD}{ending}".encode())
+    assert load_rows(path, split="train") == [json.loads(GOOD)] * 2
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('{"question": "a?", "answer": "b",}', "not valid JSON"),
+        ('{"question": "a?", "answer": "b"', "not valid JSON"),
+        ("", "is empty"),
+        ("[1, 2]", "is a list, not an object"),
+        ('"text"', "is a str, not an object"),
+        ("null", "is a NoneType, not an object"),
+        ("{}", "has no 'question'"),
+        ('{"question": "a?"}', "has no 'answer'. Its keys are 'question'"),
+        ('{"question": null, "answer": "b"}', "'question' is null and not a string"),
+        ('{"question": "a?", "answer": 34}', "'answer' is 34 and not a string"),
+        ('{"question": ["a?"], "answer": "b"}', 'is ["a?"] and not a string'),
+        ('{"question": " ", "answer": "b"}', "'question' is empty"),
+        ('{"question": "a?", "answer": ""}', "'answer' is empty"),
+        ('{"question": "a\\u0000", "answer": "b"}', "'question' contains a NUL"),
+        ('{"question": "a\\ud83d", "answer": "b"}', "'question' contains half of a surrogate"),
+        (b'{"question": "\xff", "answer": "b"}', "not UTF-8"),
+        ('{"question": "a?", "answer": "b", "x": ' + "1" * 5_000 + "}", "not valid JSON"),
+        ("[" * 100_000, "not valid JSON"),
+    ],
+    ids=range(18),
+)
+def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, line: str | bytes, problem: str):
+    middle = line if isinstance(line, bytes) else line.encode()
+    path = write(tmp_path, b"\n".join([GOOD.encode(), middle, GOOD.encode()]))
+    with pytest.raises(DataError) as caught:
+        load_rows(path, split="train")
+    assert "train.jsonl, line 2" in str(caught.value)
+    assert problem in str(caught.value)
+
+
+def test_only_the_required_keys_have_to_be_there(tmp_path: Path):
+    path = write(tmp_path, '{"prompt": "a", "answer": 5}')
+    assert load_rows(path, split="train", required=("prompt",)) == [{"prompt": "a", "answer": 5}]
+    with pytest.raises(DataError, match="has no 'question'"):
+        load_rows(path, split="train")
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    content=st.binary(max_size=80)
+    | st.lists(
+        st.sampled_from([GOOD, "{}", "[", "]", ",", "\n", '"', "null", "\ufeff", "1e999", "NaN"])
+    ).map(lambda parts: "".join(parts).encode())
+)
+def test_any_bytes_as_a_file_give_rows_or_a_data_error(tmp_path: Path, content: bytes):
+    for name in ("any.jsonl", "any.json", "any.parquet"):
+        path = write(tmp_path, content, name)
+        try:
+            rows = load_rows(path, split="train")
+        except DataError as error:
+            assert str(tmp_path) in str(error)
+        else:
+            assert rows and all(row["question"] and row["answer"] for row in rows)
+
+
+def test_a_json_file_with_one_list_counts_its_rows_from_1(tmp_path: Path):
+    path = write(tmp_path, f"[{GOOD},\n {GOOD}]", "train.json")
+    assert load_rows(path, split="train") == [json.loads(GOOD)] * 2
+    path = write(tmp_path, f"[{GOOD},\n\n {{}}]", "train.json")
+    with pytest.raises(DataError, match=r"train.json, row 2 has no 'question'"):
+        load_rows(path, split="train")
+
+
+def test_parquet_shards_are_read_one_after_the_other(tmp_path: Path):
+    (tmp_path / "data").mkdir()
+    for shard, question in enumerate(["a", "b"]):
+        table = pyarrow.table({"question": [question], "answer": ["1"]})
+        path = tmp_path / "data" / f"train-0000{shard}-of-00002.parquet"
+        pyarrow.parquet.write_table(table, path)
+    rows = load_rows(str(tmp_path), split="train")
+    assert rows == [{"question": "a", "answer": "1"}, {"question": "b", "answer": "1"}]
+
+
+def test_a_parquet_shard_with_another_schema_is_named(tmp_path: Path):
+    table = pyarrow.table({"problem": ["a"], "answer": ["1"]})
+    pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
+    with pytest.raises(DataError, match=r"train.parquet, row 1 has no 'question'.*'problem'"):
+        load_rows(str(tmp_path), split="train")
+
+
+def test_an_empty_data_set_is_refused(tmp_path: Path):
+    for content in ("", "\n \r\n", "[]"):
+        with pytest.raises(DataError, match="has no rows"):
+            load_rows(write(tmp_path, content), split="train")
+
+
+def test_a_missing_split_is_answered_with_what_is_there(tmp_path: Path):
+    write(tmp_path, GOOD, "train.jsonl")
+    write(tmp_path, GOOD, "validation.json")
+    with pytest.raises(
+        DataError, match=r"no split 'test'. There are: train.jsonl, validation.json"
+    ):
+        load_rows(str(tmp_path), split="test")
+    with pytest.raises(DataError, match=r"no split 'validation'. There are: train, test"):
+        load_rows("arealite/gsm8k-mini", split="validation")
+
+
+def test_one_file_serves_every_split_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture):
+    path = write(tmp_path, GOOD, "rows.jsonl")
+    with caplog.at_level(logging.WARNING):
+        assert load_rows(path, split="train") == load_rows(path, split="test")
+    [record] = caplog.records
+    assert "the test rows are its train rows" in record.getMessage()
+
+
+def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path: Path):
+    for name in (
+        str(tmp_path / "nowhere"),
+        "./nowhere",
+        "a/b/c",
+        "rows.jsonl",
+        "",
+        "~nobody/x",
+        "x" * 5_000,
+    ):
+        with pytest.raises(DataError, match="There is no file or folder"):
+            load_rows(name, split="train")
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path: Path):
+    with pytest.raises(DataError, match=r"ends in none of .jsonl, .json, .parquet"):
+        load_rows(write(tmp_path, "question,answer\na,b\n", "rows.csv"), split="train")
+
+
+def test_a_hub_that_does_not_answer_gives_one_clear_error(monkeypatch: pytest.MonkeyPatch):
+    def fail(name: str) -> list[str]:
+        raise ConnectionError("Couldn't reach the Hub")
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", fail)
+    with pytest.raises(DataError, match=r"'openai/gsm8k'.*ConnectionError.*give a folder"):
+        load_rows("openai/gsm8k", split="train")
+
+
+@pytest.mark.parametrize(
+    ("name", "configs", "taken"),
+    [
+        ("openai/gsm8k", ["main", "socratic"], "main"),
+        ("openai/gsm8k:socratic", ["main", "socratic"], "socratic"),
+        ("some/set", ["only"], "only"),
+        ("some/set", ["default", "extra"], "default"),
+    ],
+)
+def test_the_configuration_of_a_hub_set_is_found_or_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, configs: list[str], taken: str
+):
+    asked: list[tuple[str, str, str]] = []
+
+    def load(name: str, config: str, split: str) -> datasets.Dataset:
+        asked.append((name, config, split))
+        return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
+
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: configs)
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test"])
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    assert load_rows(name, split="test") == [{"question": "a", "answer": "b"}]
+    assert asked == [(name.split(":")[0], taken, "test")]
+    with pytest.raises(DataError, match=r"no split 'train'. There are: test"):
+        load_rows(name, split="train")
+
+
+def test_a_hub_set_with_many_configurations_asks_for_one(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: ["algebra", "geometry"])
+    with pytest.raises(DataError, match="Name one: 'some/set:algebra'"):
+        load_rows("some/set", split="train")
+
+
+@pytest.mark.skipif(not GSM8K.is_dir(), reason=f"the real GSM8K files are not in {GSM8K}")
+def test_the_real_gsm8k_files_load_whole():
+    assert len(load_rows(str(GSM8K), split="train")) == 7_473
+    assert len(load_rows(str(GSM8K), split="test")) == 1_319
