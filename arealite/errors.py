@@ -18,7 +18,7 @@ class DataError(ArealiteError, ValueError):
 
 
 class RewardError(ArealiteError, RuntimeError):
-    """A reward function gave no number: it raised, took too long, died, or returned another thing."""
+    """A reward function raised, took too long, died, or returned something else than a number."""
 
 
 class TrajectoryError(ArealiteError, ValueError):

@@ -68,7 +68,7 @@ def main(cfg: Config) -> None:
     texts = [text for row in rows for text in (row["question"], row["answer"])]
     tokenizer = train_tokenizer(texts, vocab_size=cfg.vocab_size)
     config = tiny_config(tokenizer, num_layers=cfg.num_layers, max_positions=cfg.max_positions)
-    model = Qwen2ForCausalLM(config).to(torch.bfloat16)
+    model = Qwen2ForCausalLM(config).bfloat16()
     write_model_folder(Path(cfg.out), model, tokenizer)
     print(f"{cfg.out}: {len(tokenizer)} tokens, {model.num_parameters() / 1e6:.1f}M parameters")
 

@@ -1,6 +1,6 @@
 """GRPO on GSM8K with asynchronous rollouts: one file, read from top to bottom.
 
-    torchrun recipes/gsm8k_grpo.py                               # two CPU cores, embedded model, minutes
+    torchrun recipes/gsm8k_grpo.py                               # two CPU cores, in minutes
     torchrun --nproc-per-node 4 recipes/gsm8k_grpo.py --config recipes/configs/qwen2.5_1.5b.yaml
     torchrun --nproc-per-node 8 recipes/gsm8k_grpo.py server.addresses=[http://127.0.0.1:8000]
 
@@ -11,17 +11,18 @@ curve, hardware and wall-clock: recipes/README.md#gsm8k-grpo.
 
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 
 from arealite import dist
 from arealite.algo.advantages import group_advantages
 from arealite.algo.losses import clipped_surrogate, importance_weight
-from arealite.api import InferenceEngine, RolloutWorkflow
+from arealite.api import InferenceEngine, RolloutWorkflow, TrainEngine
 from arealite.checkpoint import RunLock, load_checkpoint, save_checkpoint
-from arealite.config import parse
+from arealite.config import check_at_least, parse
 from arealite.data import load_rows, load_tokenizer
-from arealite.gates import logprob_gap
+from arealite.gates import fresh_logprob_gap, logprob_gap
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
 from arealite.observe.metrics import MetricLogger, rollout_metrics, train_metrics
@@ -43,6 +44,8 @@ class Config:
     """Hugging Face id or folder; `arealite/tiny-math` is the embedded model that runs anywhere."""
     dataset: str = "arealite/gsm8k-mini"
     """Hugging Face id, or a folder or file of rows with `question` and `answer`."""
+    system_prompt: str = ""
+    """First message of every conversation, such as how to mark the answer; empty: none."""
     steps: int = 80
     """Training steps; each consumes one batch and makes one weight version."""
     group_size: int = 8
@@ -68,6 +71,10 @@ class Config:
     server: ServerConfig = ServerConfig()
     rollout: RolloutConfig = RolloutConfig(prompts_per_step=16, max_staleness=2)
     train: FSDPConfig = FSDPConfig(lr=1e-4, warmup_steps=10, micro_batch_tokens=8_192)
+
+    def __post_init__(self) -> None:
+        check_at_least(self, steps=0, group_size=2, minibatches=1, clip_low=0, clip_high=0)
+        check_at_least(self, behavior_weight_cap=1, eval_every_steps=1, save_every_steps=1)
 
 
 def grpo_loss(logprobs: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput:
@@ -96,11 +103,22 @@ def grpo_loss(logprobs: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput
 
 
 def evaluate(
-    engine: InferenceEngine, workflow: RolloutWorkflow, rows: list[Row]
+    train_engine: TrainEngine,
+    inference_engine: InferenceEngine,
+    workflow: RolloutWorkflow,
+    rows: list[Row],
+    cfg: Config,
 ) -> dict[str, float]:
-    """Mean reward and response length over `rows` of all ranks, whatever the staleness limit."""
-    samples = [sample for group in run_episodes(engine, workflow, rows) for sample in group]
-    return {
+    """Mean reward and response length over `rows` of all ranks, whatever the staleness limit.
+
+    Fresh samples also show whether server and trainer still compute the same log-probs.
+    """
+    groups = run_episodes(inference_engine, workflow, rows)
+    samples = [sample for group in groups for sample in group]
+    gap = fresh_logprob_gap(
+        train_engine, groups, inference_engine.version, max_tokens=cfg.train.micro_batch_tokens
+    )
+    return gap | {
         "eval/reward": dist.mean([sample.reward for sample in samples]),
         "eval/response_length": dist.mean([sample.response_length for sample in samples]),
     }
@@ -111,24 +129,26 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     train_rows = load_rows(cfg.dataset, split="train")
     test_rows = dist.shard(load_rows(cfg.dataset, split="test"))
-    explore = SingleTurnWorkflow(tokenizer, gsm8k_reward, cfg.sampling, group_size=cfg.group_size)
-    greedy = SingleTurnWorkflow(tokenizer, gsm8k_reward, cfg.sampling.greedy())
+    ask = partial(SingleTurnWorkflow, tokenizer, gsm8k_reward, system_prompt=cfg.system_prompt)
+    explore = ask(cfg.sampling, group_size=cfg.group_size)
+    greedy = ask(cfg.sampling.greedy())
     loss_fn = partial(grpo_loss, cfg=cfg)
 
     with (
         RunLock(cfg.out_dir),
         MetricLogger(cfg.out_dir, cfg) as metrics,
-        RolloutLog(cfg.out_dir, tokenizer) as rollout_log,
         FSDPEngine(cfg.model, cfg.train) as train_engine,
         serve(cfg.model, cfg.server, log_dir=cfg.out_dir) as server,
         VLLMEngine(server.addresses) as inference_engine,
     ):
+        rollout_log = RolloutLog(cfg.out_dir, tokenizer)
         start = load_checkpoint(cfg.out_dir, train_engine)  # zeros for a new run
         metrics.resume(start.version)
         rollout_log.resume(start.version)
         # Before the first rollout, so that a broken weight path fails now and not after one step.
         push_weights(train_engine, inference_engine, version=start.version)
-        metrics.log(start.version, evaluate(inference_engine, greedy, test_rows))
+        check = partial(evaluate, train_engine, inference_engine, greedy, test_rows, cfg)
+        metrics.log(start.version, check())
 
         with RolloutExecutor(
             inference_engine, explore, train_rows, cfg.rollout, seed=cfg.seed, start=start
@@ -155,11 +175,12 @@ def main(cfg: Config) -> None:
                     version + 1, rollout_metrics(groups, version), train_metrics(stats), gap
                 )
                 if (version + 1) % cfg.eval_every_steps == 0 or version + 1 == cfg.steps:
-                    metrics.log(version + 1, evaluate(inference_engine, greedy, test_rows))
+                    metrics.log(version + 1, check())
                 if (version + 1) % cfg.save_every_steps == 0 or version + 1 == cfg.steps:
                     save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version + 1))
 
-        metrics.report(model=train_engine.save_pretrained(f"{cfg.out_dir}/model"))
+        train_engine.save_pretrained(Path(cfg.out_dir) / "model")
+        metrics.report(checkpoint=Path(cfg.out_dir) / "model")
 
 
 if __name__ == "__main__":

@@ -165,7 +165,7 @@ def main(cfg: Config) -> dict[str, float]:
     loss = train(model, tokenizer, cfg)
     train_s = time.monotonic() - started
 
-    model.eval().to(torch.bfloat16)  # before the evaluation, because servers round as well
+    model.eval().bfloat16()  # before the evaluation, because servers round as well
     write_model_folder(Path(cfg.out_dir), model, tokenizer)
     figures = {"loss": loss, **evaluate(model, tokenizer, test_rows, samples=cfg.eval_samples)}
     figures = {key: round(figure, 4) for key, figure in figures.items()}

@@ -321,16 +321,42 @@ def test_a_check_that_names_no_key_is_reported_with_the_values_it_saw():
         parse(Vague, ["width=2", "height=3"])
 
 
+def test_a_check_that_names_a_key_without_its_section_is_reported_with_the_section():
+    @dataclass(frozen=True, kw_only=True)
+    class Shape:
+        width: int = 1
+
+        def __post_init__(self) -> None:
+            if self.width < 1:
+                raise ConfigError(f"width={self.width} must be above 0.")
+
+    @dataclass(frozen=True, kw_only=True)
+    class Room:
+        floor: Shape = Shape()
+        limit: int = 9
+
+        def __post_init__(self) -> None:
+            if self.floor.width > self.limit:
+                raise ConfigError(f"limit={self.limit} is less than width={self.floor.width}.")
+
+    with pytest.raises(ConfigError, match=r"^floor: width=0 must be above 0\.$"):
+        parse(Room, ["floor.width=0"])
+    with pytest.raises(ConfigError, match=r"^limit=9 is less than width=10\.$"):
+        parse(Room, ["floor.width=10"])
+
+
 def test_defaults_that_fail_their_own_check_are_reported():
     @dataclass(frozen=True, kw_only=True)
     class Impossible:
         width: int = 1
+        height: int = 1
 
         def __post_init__(self) -> None:
             raise ConfigError(f"width={self.width} needs 3 ranks.")
 
-    with pytest.raises(ConfigError, match="width=1 needs 3 ranks"):
-        parse(Impossible, [])
+    for argv in ([], ["height=2"]):
+        with pytest.raises(ConfigError, match=r"^width=1 needs 3 ranks\.$"):
+            parse(Impossible, argv)
 
 
 def test_a_key_without_a_default_has_to_be_given():

@@ -24,6 +24,8 @@ GAINS = ("{other} gives {name} {n} more.", "{name} finds {n} more.", "{name} buy
 LOSSES = ("{name} gives {n} to {other}.", "{name} loses {n}.", "{name} sells {n}.")
 DOUBLINGS = ("{name} has twice as many.", "{name} buys as many again.")
 
+_NUM_OPERATIONS = (2, 3)
+
 _TEST_SEED, _NUM_TEST = 0, 200
 _TRAIN_SEED, _NUM_TRAIN = 1, 8_000
 
@@ -66,7 +68,7 @@ def _problem(source: random.Random) -> Row:
     total = source.randint(2, 9)
     sentences = [f"Today {name} {source.choice(STARTS)} {total} {thing}."]
     steps: list[str] = []
-    for _ in range(source.choice((2, 3))):
+    for _ in range(source.choice(_NUM_OPERATIONS)):
         template, symbol, n = _operation(source, total)
         sentence = template.format(name=name, other=other, n=n)
         sentences.append(f"Then {sentence}" if source.random() < 0.5 else sentence)

@@ -10,8 +10,7 @@ import os
 import shutil
 from pathlib import Path
 
-from tokenizers import AddedToken
-from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
+from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>")
 
@@ -79,8 +78,8 @@ def tiny_config(
         max_position_embeddings=max_positions,
         tie_word_embeddings=True,
         bos_token_id=None,
-        eos_token_id=tokenizer.convert_tokens_to_ids("<|end|>"),
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+        eos_token_id=tokenizer.get_vocab()["<|end|>"],
+        pad_token_id=tokenizer.get_vocab()["<|pad|>"],
     )
 
 

@@ -17,6 +17,7 @@ import psutil
 import torch
 
 from arealite import dist
+from arealite.config import check_at_least
 from arealite.data import resolve_model
 from arealite.errors import ConfigError, ServerError
 from arealite.inference.supervisor import end_processes
@@ -31,7 +32,7 @@ class ServerConfig:
     addresses: tuple[str, ...] = ()
     """Running servers to attach to, each `http://host:port`, started by `arealite serve`."""
     gpus: str = ""
-    """GPUs for the servers, such as `0,1`; empty: all of them, or the CPU where there is none."""
+    """GPUs for the servers, such as `4,5`; empty: those no rank trains on, else shared ones."""
     tensor_parallel: int = 1
     """GPUs that one server spreads the model over; there are as many servers as fit."""
     num_cpu_servers: int = 1
@@ -40,8 +41,8 @@ class ServerConfig:
     """Cores of the CPU servers in vLLM's syntax, such as `0-3` or `0|1`; empty: vLLM decides."""
     cpu_cache_gib: int = 1
     """Memory for the KV cache of each CPU server in GiB."""
-    memory_share: float = 0.9
-    """Share of each GPU's memory that vLLM takes, between 0 and 1."""
+    memory_share: float = 0.0
+    """Share of each GPU's memory that vLLM takes; 0: .9, or .4 where a rank trains on it too."""
     max_model_len: int = 0
     """Tokens of prompt and response together; 0: what the model allows."""
     max_num_seqs: int = 128
@@ -54,17 +55,10 @@ class ServerConfig:
     """More arguments of `vllm serve`, such as `--enable-prefix-caching`."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor_parallel", "num_cpu_servers", "cpu_cache_gib", "max_num_seqs"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"server.{name}={getattr(self, name)} must be at least 1.")
-        if not 0 < self.memory_share <= 1:
-            raise ConfigError(
-                f"server.memory_share={self.memory_share} must be above 0, at most 1."
-            )
-        if self.max_model_len < 0:
-            raise ConfigError(f"server.max_model_len={self.max_model_len} must be 0 or more.")
-        if not self.startup_timeout_s > 0:
-            raise ConfigError(f"server.startup_timeout_s={self.startup_timeout_s} must be above 0.")
+        check_at_least(self, "server", tensor_parallel=1, num_cpu_servers=1, cpu_cache_gib=1)
+        check_at_least(self, "server", max_num_seqs=1, max_model_len=0, startup_timeout_s=1)
+        if not 0 <= self.memory_share <= 1:
+            raise ConfigError(f"server.memory_share={self.memory_share} must be between 0 and 1.")
         for address in self.addresses:
             if not address.startswith(("http://", "https://")):
                 raise ConfigError(f"server.addresses: {address!r} must begin with http://.")
@@ -208,10 +202,15 @@ def _spec(model: str, cfg: ServerConfig, log_dir: str | Path) -> dict[str, Any]:
     """What the supervisor starts; see `supervisor.Spec`."""
     folder = Path(log_dir or tempfile.mkdtemp(prefix="arealite-logs-"))
     folder.mkdir(parents=True, exist_ok=True)
-    placements = _gpu_placements(cfg) if _use_gpus(cfg) else _cpu_placements(cfg)
+    if torch.cuda.is_available():
+        arguments, environments = _on_gpus(cfg)
+    elif cfg.gpus:
+        raise ConfigError(f"server.gpus={cfg.gpus}, but this machine shows no CUDA device.")
+    else:
+        arguments, environments = _on_cpu(cfg)
     return {
-        "commands": [_command(model, cfg)] * len(placements),
-        "environments": placements,
+        "commands": [[*_command(model, cfg), *arguments]] * len(environments),
+        "environments": [_ENVIRONMENT | environment for environment in environments],
         "log_dir": str(folder),
         "startup_timeout_s": cfg.startup_timeout_s,
         "region_prefix": region_prefix(os.getpid()),
@@ -237,39 +236,40 @@ def _command(model: str, cfg: ServerConfig) -> list[str]:
     }
     if cfg.max_model_len:
         options["--max-model-len"] = cfg.max_model_len
-    if _use_gpus(cfg):
-        options["--gpu-memory-utilization"] = cfg.memory_share
-    # Compiled mode keeps the old packed weights after an update on CPU: enforce eager.
-    flags = ["--enable-scale-out", *([] if _use_gpus(cfg) else ["--enforce-eager"])]
     pairs = [str(part) for option in options.items() for part in option]
-    return [*command, *pairs, *flags, *cfg.extra_args]
+    return [*command, *pairs, "--enable-scale-out", *cfg.extra_args]
 
 
-def _use_gpus(cfg: ServerConfig) -> bool:
-    return bool(cfg.gpus) or torch.cuda.is_available()
-
-
-def _gpu_placements(cfg: ServerConfig) -> list[dict[str, str]]:
-    """Environment of each server: as many as fit on the GPUs."""
-    gpus = cfg.gpus.split(",") if cfg.gpus else [str(i) for i in range(torch.cuda.device_count())]
-    if len(gpus) < cfg.tensor_parallel:
-        raise ConfigError(
-            f"server.tensor_parallel={cfg.tensor_parallel} needs as many GPUs, but server.gpus "
-            f"names {len(gpus)}: {','.join(gpus)}."
-        )
+def _on_gpus(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
+    """Arguments of every server, and the environment of each: as many as the GPUs hold."""
+    trained_on = [str(rank) for rank in range(int(os.getenv("LOCAL_WORLD_SIZE", "1")))]
+    present = [str(index) for index in range(torch.cuda.device_count())]
+    free = [gpu for gpu in present if gpu not in trained_on]
+    gpus = cfg.gpus.split(",") if cfg.gpus else free or present
     size = cfg.tensor_parallel
-    return [
-        _BASE | {"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + size])}
+    if len(gpus) < size:
+        raise ConfigError(
+            f"server.tensor_parallel={size} needs as many GPUs, but there are {len(gpus)}: "
+            f"{','.join(gpus)}. Lower it, or name more in server.gpus."
+        )
+    share = cfg.memory_share or (0.4 if set(gpus) & set(trained_on) else 0.9)
+    return ["--gpu-memory-utilization", str(share)], [
+        {"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + size])}
         for start in range(0, len(gpus) - size + 1, size)
     ]
 
 
-def _cpu_placements(cfg: ServerConfig) -> list[dict[str, str]]:
-    """Environment of each server; cores are split evenly where they are given."""
-    placement = _BASE | {"VLLM_CPU_KVCACHE_SPACE": str(cfg.cpu_cache_gib)}
+def _on_cpu(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
+    """Arguments of every server, and the environment of each."""
+    environment = {"VLLM_CPU_KVCACHE_SPACE": str(cfg.cpu_cache_gib)}
     if cfg.cpu_cores:
-        placement["VLLM_CPU_OMP_THREADS_BIND"] = cfg.cpu_cores
-    return [placement] * cfg.num_cpu_servers
+        environment["VLLM_CPU_OMP_THREADS_BIND"] = cfg.cpu_cores
+    # Compiled mode keeps the old packed weights after an update on CPU.
+    return ["--enforce-eager"], [environment] * cfg.num_cpu_servers
 
 
-_BASE = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1", "TOKENIZERS_PARALLELISM": "false"}
+_ENVIRONMENT = {
+    "VLLM_SERVER_DEV_MODE": "1",  # the routes that pause, update and resume
+    "VLLM_NO_USAGE_STATS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}

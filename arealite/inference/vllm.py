@@ -87,7 +87,11 @@ class VLLMEngine:
         self._session: aiohttp.ClientSession | None = None
         self._transport: Transport | None = None
         self._decoder = msgspec.json.Decoder(_Reply)
-        lengths = self._control(self._each(self._max_model_len), "connecting to the servers")
+        try:
+            lengths = self._control(self._each(self._max_model_len), "connecting to the servers")
+        except BaseException:
+            self.close()
+            raise
         self.max_model_len = min(lengths)
         """Prompt and response together may have this many tokens."""
 

@@ -27,12 +27,14 @@ batch that made it. Names, in the order in which a step meets them:
 | time/step_s | seconds since the previous call of `log`, so without evaluation and start-up |
 | time/tokens_per_s | rollout/tokens per time/step_s |
 | eval/reward | mean reward of greedy samples on test rows, from the recipe's `evaluate` |
+| eval/response_length | mean number of sampled tokens in them |
 | time_s | seconds since the run began, waiting included; a resumed run counts on |
 
 `rollout/...` and `groups/...` are over all ranks. A value that does not exist, as a mean of
 nothing, is nan; in metrics.jsonl it is null.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -43,7 +45,13 @@ from arealite.errors import ConfigError
 from arealite.observe.json_lines import JsonLines, read_json_lines
 from arealite.observe.settings import save_settings
 from arealite.observe.sinks import Sinks
-from arealite.observe.summary import Steps, format_summary, median_step_s, summarize
+from arealite.observe.summary import (
+    Steps,
+    final_figures,
+    format_summary,
+    median_step_s,
+    summarize,
+)
 from arealite.observe.terminal import StepTable, show, warn
 from arealite.types import StepStats, Trajectory
 
@@ -199,6 +207,17 @@ class MetricLogger:
     def summary(self) -> dict[str, float]:
         """The run in a dozen numbers, resumed parts included; empty on ranks other than 0."""
         return summarize(self._steps)
+
+    def report(self, checkpoint: str | Path) -> None:
+        """End a run that is complete: the summary, and last one line of JSON with its figures.
+
+        Args:
+            checkpoint: folder of the trained model, named in the last line.
+        """
+        figures = final_figures(self.summary())
+        self.close()
+        if self._is_writer:
+            show(json.dumps(figures | {"checkpoint": str(checkpoint)}))
 
     def close(self) -> None:
         """Print the summary, draw curve.png and close the sinks; once."""

@@ -20,19 +20,22 @@ def summarize(steps: Steps) -> dict[str, float]:
     """What a run did and how long it took; empty for no steps.
 
     `time_to_first_step_s` and `total_s` count from the start of the run to the end of its first
-    and last training step, over all resumed parts; `step_s` is the median, so that a pause does
-    not count. What was never measured is absent.
+    and last training step, over all resumed parts; `train_s` leaves out what came before the
+    first step began; `step_s` is the median, so that a pause does not count. What was never
+    measured is absent.
     """
     times_s = [step["time_s"] for step in steps.values() if "train/loss" in step]
     gaps = column(steps, "gate/logprob_gap_mean")
     summary: dict[str, float] = {}
     if times_s:
         summary |= {"steps": float(len(times_s)), "time_to_first_step_s": times_s[0]}
-        summary |= {"total_s": times_s[-1]}
+        began_s = next(step["time_s"] for step in steps.values())
+        summary |= {"total_s": times_s[-1], "train_s": times_s[-1] - began_s}
     if step_s := median_step_s(steps):
         summary["step_s"] = step_s
     for label, name in (
         ("eval_reward", "eval/reward"),
+        ("eval_response_length", "eval/response_length"),
         ("reward", "rollout/reward"),
         ("response_length", "rollout/response_length"),
     ):
@@ -47,6 +50,20 @@ def summarize(steps: Steps) -> dict[str, float]:
     return summary
 
 
+def final_figures(summary: dict[str, float]) -> dict[str, float | None]:
+    """What a finished run is judged by, under the names its last line uses; None if unknown."""
+    sources = {
+        "accuracy_before": "eval_reward_first",
+        "accuracy_after": "eval_reward_last",
+        "length_before": "eval_response_length_first",
+        "length_after": "eval_response_length_last",
+        "time_to_first_step_s": "time_to_first_step_s",
+        "train_s": "train_s",
+    }
+    known = {name: summary.get(source) for name, source in sources.items()}
+    return {name: None if value is None else round(value, 4) for name, value in known.items()}
+
+
 def median_step_s(steps: Steps) -> float | None:
     """The usual duration of a training step; None before two of them are done."""
     durations_s = column(steps, "time/step_s")
@@ -58,11 +75,13 @@ def format_summary(summary: dict[str, float], out_dir: Path) -> list[str]:
     rows = {
         "steps": _text(summary, "steps", "{:.0f}"),
         "time to first step": _duration(summary, "time_to_first_step_s"),
+        "training time": _duration(summary, "train_s"),
         "total time": _duration(summary, "total_s"),
         "time per step (median)": _duration(summary, "step_s"),
         "reward in evaluation": _change(summary, "eval_reward", 3),
+        "response length": _change(summary, "eval_response_length", 1),
         "reward in training": _change(summary, "reward", 3),
-        "response length in tokens": _change(summary, "response_length", 1),
+        "response length in training": _change(summary, "response_length", 1),
         "worst staleness in versions": _text(summary, "staleness_max", "{:.0f}"),
         "|server - trainer| log-prob": _text(summary, "logprob_gap_mean", "{:.5f}"),
         "skipped optimizer steps": _text(summary, "skipped", "{:.0f}"),

@@ -19,6 +19,7 @@ from types import TracebackType
 
 from arealite import background, dist
 from arealite.api import InferenceEngine, RolloutWorkflow
+from arealite.config import check_at_least
 from arealite.data.order import RowOrder
 from arealite.errors import (
     ConfigError,
@@ -54,19 +55,19 @@ class RolloutConfig:
     """Share of the latest 64 episodes that may fail before the run stops."""
 
     def __post_init__(self) -> None:
-        if self.prompts_per_step < 1:
-            raise ConfigError(
-                f"rollout.prompts_per_step={self.prompts_per_step} must be at least 1."
-            )
-        for name in ("max_staleness", "max_running_prompts"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"rollout.{name}={getattr(self, name)} must be 0 or more.")
-        for name in ("episode_timeout_s", "batch_timeout_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"rollout.{name}={getattr(self, name)} must be above 0.")
+        check_at_least(self, "rollout", prompts_per_step=1, max_staleness=0, max_running_prompts=0)
+        check_at_least(self, "rollout", episode_timeout_s=1e-3, batch_timeout_s=1e-3)
         if not 0 <= self.max_failure_share <= 1:
             raise ConfigError(
                 f"rollout.max_failure_share={self.max_failure_share} must be between 0 and 1."
+            )
+        prompts, ranks = self.prompts_per_step, dist.world_size()
+        if prompts % ranks:
+            below = prompts // ranks * ranks
+            choices = " or ".join(str(choice) for choice in (below, below + ranks) if choice)
+            raise ConfigError(
+                f"rollout.prompts_per_step={prompts} does not divide by the {ranks} ranks of this "
+                f"run. Set it to {choices}."
             )
 
 
@@ -98,8 +99,6 @@ class RolloutExecutor:
         start: Cursor | None = None,
     ) -> None:
         ranks = dist.world_size()
-        if cfg.prompts_per_step % ranks:
-            raise ConfigError(_does_not_divide(cfg.prompts_per_step, ranks))
         self._engine = engine
         self._workflow = workflow
         self._rows = rows
@@ -333,12 +332,3 @@ def first_cause(error: Exception) -> Exception:
 def describe(error: BaseException | None) -> str:
     """The error's type and message, in one line where it has one."""
     return f"{type(error).__name__}: {error}".removesuffix(": ")
-
-
-def _does_not_divide(prompts: int, ranks: int) -> str:
-    below = prompts // ranks * ranks
-    choices = " or ".join(str(choice) for choice in (below, below + ranks) if choice)
-    return (
-        f"rollout.prompts_per_step={prompts} does not divide by the {ranks} ranks of this run. "
-        f"Set it to {choices}."
-    )

@@ -132,8 +132,15 @@ def load_state(
 ) -> dict[str, int]:
     """Fill module and optimizer from `save_state`; returns its counters.
 
+    Settings of the optimizer, such as its betas, stay those of this run. After an error the
+    weights are those of neither: load another checkpoint, or stop.
+
     Raises CheckpointError if the folder is missing, damaged or of another model.
     """
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
     state = _state(module, optimizer, counters)
     try:
         load(state, checkpoint_id=path)
@@ -148,6 +155,8 @@ def load_state(
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
     )
+    for group, setting in zip(optimizer.param_groups, settings, strict=True):
+        group.update(setting)
     return state["counters"]
 
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Self
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -66,6 +66,12 @@ class FSDPConfig:
     """Keep weights, gradients and optimizer in CPU memory between uses; no effect without CUDA."""
 
     def __post_init__(self) -> None:
+        for name, allowed in {
+            "schedule": ("constant", "linear", "cosine"),
+            "dtype": ("auto", "float32", "bfloat16"),
+        }.items():
+            if getattr(self, name) not in allowed:
+                raise ConfigError(f"train.{name}={getattr(self, name)!r} is none of {allowed}.")
         beta_1, beta_2 = self.betas
         checks = {
             "lr": (self.lr, 0 <= self.lr < math.inf, "0 or more"),
@@ -204,7 +210,8 @@ class FSDPEngine:
     def load(self, path: Path) -> None:
         """Continue from `save`, also on another number of ranks.
 
-        Raises CheckpointError if the folder is missing, damaged or of another model.
+        Settings stay those of this run's config. Raises CheckpointError if the folder is missing,
+        damaged or of another model; the weights are then undefined until another load succeeds.
         """
         counters = export.load_state(path, self._policy, self._optimizer, self._counters())
         self._num_calls, self._num_skipped = counters["num_calls"], counters["num_skipped"]
@@ -220,6 +227,12 @@ class FSDPEngine:
         """Free weights and optimizer state; the process group stays. May be called again."""
         for name in ("_policy", "_root", "_optimizer"):
             self.__dict__.pop(name, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def _reshard(self) -> None:
         # After a forward without a backward some weights stay whole, as copies that load() and

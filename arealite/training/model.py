@@ -72,7 +72,8 @@ class PolicyModel(torch.nn.Module):
                 temperature=mb.temperature.new_ones(1),
             )
             logprobs, entropy = self.forward(mb)
-            return logprobs[:0], entropy[:0]
+            # Not a view: FSDP hangs its backward hook on what comes out here.
+            return logprobs[:0].clone(), entropy[:0]
         hidden, layout = self._hidden(mb)
         return packed_logprobs(
             hidden, self._head(), mb.token_ids, mb.temperature, layout.position_ids == 0
@@ -96,6 +97,11 @@ class PolicyModel(torch.nn.Module):
 
     def _head(self) -> torch.Tensor:
         head: Any = self.model.get_output_embeddings()
+        if getattr(head, "bias", None) is not None:
+            raise ConfigError(
+                f"{type(self.model).__name__} has a bias in its head, which would not be trained. "
+                "Train a model without it, such as Qwen2, Qwen3 or Llama."
+            )
         return head.weight
 
 
@@ -130,13 +136,15 @@ def check_model(policy: PolicyModel, device: torch.device) -> None:
         changed, _ = policy.hidden_and_reference(_canary(other, second, device))
         logprobs, _ = policy(_canary(first, second, device))
     name = type(policy.model).__name__
-    tolerance = 1e-3 if hidden.dtype == torch.float32 else 0.1
-    if not torch.allclose(hidden[6:], changed[6:], rtol=tolerance, atol=tolerance):
+    # In half precision two ways to make the same logits differ by a rounding, 0.25 at 32.
+    is_half = hidden.dtype != torch.float32
+    close, equal = (0.3, 0.05) if is_half else (1e-3, 1e-3)
+    if not torch.allclose(hidden[6:], changed[6:], rtol=equal, atol=equal):
         raise ConfigError(
             f"{name} lets packed sequences see each other: its attention does not go through "
             "transformers' AttentionInterface. Train a model that does, such as Qwen2 or Llama."
         )
-    if not torch.allclose(logprobs, expected, rtol=tolerance, atol=tolerance):
+    if not torch.allclose(logprobs, expected, rtol=close, atol=close):
         raise ConfigError(
             f"{name} does more to its logits than multiply by the head, for example cap or scale "
             "them, so its log-probs would be wrong. Train a model without that."

@@ -33,13 +33,18 @@ def make_optimizer(module: torch.nn.Module, cfg: "FSDPConfig") -> torch.optim.Ad
         {"params": decayed, "weight_decay": cfg.weight_decay},
         {"params": others, "weight_decay": 0.0},
     ]
+    # Fused: one pass per weight. Loops of small operations are slow where cores are shared.
     optimizer = torch.optim.AdamW(
-        [group for group in groups if group["params"]], lr=cfg.lr, betas=cfg.betas, eps=cfg.eps
+        [group for group in groups if group["params"]],
+        lr=cfg.lr,
+        betas=cfg.betas,
+        eps=cfg.eps,
+        fused=True,
     )
     # AdamW would make these on its first step; a checkpoint from before it must have them too.
     for parameter in parameters:
         optimizer.state[parameter] = {
-            "step": torch.tensor(0.0),
+            "step": torch.zeros((), device=parameter.device),
             "exp_avg": torch.zeros_like(parameter),
             "exp_avg_sq": torch.zeros_like(parameter),
         }

@@ -87,12 +87,13 @@ def attach(
     for name, values in fields.items():
         if values is None:
             continue
-        shapes = [tuple(value.shape) for value in values]
-        expected = [tuple(mb.token_ids.shape) for mb in minibatch]
-        if shapes != expected:
+        lengths = [list(value.shape) for value in values]
+        expected = [[len(mb.token_ids)] for mb in minibatch]
+        if lengths != expected:
             raise ConfigError(
-                f"{name} has shapes {shapes} for micro-batches of shapes {expected}. Pass what "
-                "the engine returned for this same minibatch, in the same order."
+                f"{name} has shapes {lengths[:4]} for micro-batches of {expected[:4]} tokens "
+                f"({len(lengths)} for {len(expected)}). Pass what the engine returned for this "
+                "same minibatch, in the same order."
             )
         minibatch = [
             replace(mb, **{name: value.detach()})

@@ -30,9 +30,7 @@ def test_advantage_is_the_reward_minus_the_mean_of_its_own_group():
 
 
 def test_dividing_by_the_group_std_gives_the_published_vector():
-    first, second = group_advantages(
-        [group(1, 0, 0, 0), group(1, 1, 1, 0)], divide_by_std=True
-    )
+    first, second = group_advantages([group(1, 0, 0, 0), group(1, 1, 1, 0)], divide_by_std=True)
     assert first == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
     assert second == pytest.approx([0.5, 0.5, 0.5, -1.5], abs=1e-5)
 

@@ -300,6 +300,7 @@ def test_the_summary_tells_the_run_in_numbers(
             "steps": 4.0,
             "time_to_first_step_s": 30.0,
             "total_s": 435.0,
+            "train_s": 405.0,
             "step_s": 3.0,
             "eval_reward_first": 0.5,
             "eval_reward_last": 0.75,
@@ -415,3 +416,25 @@ def test_wandb_is_called_with_the_settings_and_the_step(
     assert calls[0]["name"] == "run7"
     assert calls[0]["config"]["lr"] == 1e-4
     assert calls[1:] == [(3, {"rollout/reward": 0.5}), "end"]
+
+
+def test_a_finished_run_ends_with_one_line_of_json(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+):
+    with MetricLogger(tmp_path, Config()) as logger:
+        logger.resume(0)
+        clock.wait(40)
+        logger.log(0, {"eval/reward": 0.5, "eval/response_length": 17.5})
+        clock.wait(90)
+        logger.log(1, {"train/loss": 0.0}, {"eval/reward": 0.75, "eval/response_length": 30.0})
+        logger.report("runs/model")
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(last_line) == {
+        "accuracy_before": 0.5,
+        "accuracy_after": 0.75,
+        "length_before": 17.5,
+        "length_after": 30.0,
+        "time_to_first_step_s": 130.0,
+        "train_s": 90.0,
+        "checkpoint": "runs/model",
+    }

@@ -1,0 +1,66 @@
+# Everything needs only make and Python 3.11 or newer: the first target that runs makes .venv.
+#
+#   make demo                          train the embedded model on this machine
+#   make demo ARGS="steps=20"          the same with another setting of the recipe
+#   make test ARGS="-k advantages"     arguments go to pytest
+#   make test PYTHON=python3.12        make .venv with another Python
+#   AREALITE_DEVICE=cpu make demo      CPU packages in spite of a GPU
+
+PYTHON ?= python3
+ARGS ?=
+BIN := .venv/bin
+NOTEBOOKS = $(wildcard notebooks/*.ipynb)
+DEMO = $(BIN)/torchrun recipes/gsm8k_grpo.py
+
+# A tokenizer that has started threads warns at every later fork.
+export TOKENIZERS_PARALLELISM ?= false
+
+# A test that asks for something on the Hub shall fail at once instead of waiting for a network.
+test soak: export HF_HUB_OFFLINE ?= 1
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test soak lint format clean
+
+help:
+	@echo "make demo     train the embedded model with the default recipe, ARGS=\"key=value ...\""
+	@echo "make test     lint, layers, types and tests, as CI runs them, ARGS=\"pytest arguments\""
+	@echo "make soak     the tests that kill real servers or run for minutes"
+	@echo "make lint     all of make test but the tests"
+	@echo "make format   put code and notebooks into the project's format"
+	@echo "make setup    only make .venv, or bring it up to date"
+	@echo "make clean    remove .venv, caches and build output; runs/ stays"
+
+setup:
+	@$(PYTHON) .ci/setup.py
+
+demo: setup
+	$(DEMO) $(ARGS)
+
+# $(call stage,headline,command): the first stage that fails ends the target.
+define stage
+	@printf '\n==> %s\n' '$(1)'; began=$$(date +%s); \
+	if $(2); then printf '    ok, %d s\n' $$(($$(date +%s) - began)); \
+	else printf '\n==> FAILED: %s, after %d s\n' '$(1)' $$(($$(date +%s) - began)); exit 1; fi
+endef
+
+lint: setup
+	$(call stage,ruff check,$(BIN)/ruff check)
+	$(call stage,ruff format,$(BIN)/ruff format --check)
+	$(call stage,layers,$(BIN)/lint-imports --no-logo)
+	$(call stage,types,$(BIN)/pyright)
+	$(if $(NOTEBOOKS),$(call stage,notebooks without output,$(BIN)/nbstripout --verify $(NOTEBOOKS)))
+
+test: lint
+	$(call stage,tests,$(BIN)/pytest -q --durations=15 $(ARGS))
+
+soak: setup
+	$(call stage,soak,$(BIN)/pytest -q --durations=15 -m soak $(ARGS))
+
+format: setup
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

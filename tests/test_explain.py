@@ -1,0 +1,203 @@
+"""Expected numbers are worked out by hand in the comments."""
+
+import json
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+import pytest
+
+from arealite import data
+from arealite.errors import DataError
+from arealite.explain import explain
+from arealite.types import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    prompts_per_step: int = 16
+    max_staleness: int = 2
+    max_running_prompts: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    micro_batch_tokens: int = 1000
+    dtype: Literal["auto", "float32", "bfloat16"] = "float32"
+    activation_checkpointing: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    model: str = "nowhere"
+    steps: int = 80
+    group_size: int = 8
+    minibatches: int = 3
+    sampling: SamplingParams = SamplingParams(max_new_tokens=64)  # noqa: RUF009
+    rollout: Rollout = Rollout()
+    train: Train = Train()
+
+
+@pytest.fixture(autouse=True)
+def unreachable(monkeypatch):
+    """No model can be read, unless a test says where it is; no ranks but this one."""
+
+    def resolve(name: str) -> str:
+        raise DataError(f"There is no model {name}.")
+
+    monkeypatch.setattr(data, "resolve_model", resolve)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+
+
+@pytest.fixture
+def model_folder(tmp_path, monkeypatch):
+    """A Qwen2 config without weights: hidden 8, 2 layers, 50 words, context 32."""
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 8,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "vocab_size": 50,
+        "max_position_embeddings": 32,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(data, "resolve_model", lambda name: str(tmp_path))
+
+
+def table(cfg: object) -> dict[str, str]:
+    """Section and label to value and note, with line breaks taken out."""
+    rows: dict[str, str] = {}
+    for block in explain(cfg).split("\n\n"):
+        title, *lines = block.split("\n")
+        for line in re.sub(r"\n {9,}", " ", "\n".join(lines)).split("\n"):
+            label, _, rest = line.strip().partition("  ")
+            rows[f"{title.split()[0]}: {label}"] = re.sub(r" {2,}", " | ", rest.strip())
+    return rows
+
+
+def test_a_step_goes_from_prompts_to_optimizer_steps(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rows = table(Config())
+    assert rows["One: prompts"] == "16 | rollout.prompts_per_step; 8 per rank"
+    assert rows["One: sequences"] == "128 | 16 prompts x group_size 8"
+    assert rows["One: response tokens, at most"] == "8,192 | x sampling.max_new_tokens 64"
+    assert rows["One: prompt tokens"].startswith("unknown")
+    # 128 in 3 parts: 42, 43, 43; of 43 one rank gets 22.
+    assert rows["One: sequences per minibatch"] == "43 | at most 22 on one rank"
+    # 15 responses of 64 are 960 tokens; 22 of them need two micro-batches.
+    assert rows["One: micro-batches, without prompts"].startswith("2 | per rank and minibatch: 15")
+    assert rows["One: optimizer steps"].startswith("3 |")
+
+
+def test_prompts_that_do_not_divide_by_the_ranks_are_pointed_out(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    assert "DOES NOT DIVIDE by 3 ranks" in table(Config())["One: prompts"]
+
+
+def test_a_response_that_cannot_fit_a_micro_batch_is_pointed_out():
+    rows = table(Config(train=Train(micro_batch_tokens=64)))
+    assert rows["One: longest response"].startswith("64 | DOES NOT FIT")
+    assert not any("micro-batches" in label for label in rows)
+
+
+def test_the_age_of_the_weights_is_bounded_in_versions_and_in_optimizer_steps():
+    rows = table(Config())
+    assert rows["Age: versions behind, at most"].startswith("2 |")
+    # Two whole steps of 3 updates, and 2 updates of this step before its last minibatch.
+    assert rows["Age: optimizer steps behind, at most"].startswith("8 |")
+    # 3 batches of 16 prompts of 8.
+    assert rows["Age: sequences in flight, at most"] == "384 | 48 prompts x group_size 8"
+
+
+def test_a_synchronous_run_with_one_minibatch_is_never_behind():
+    rows = table(Config(minibatches=1, rollout=Rollout(max_staleness=0, max_running_prompts=5)))
+    assert rows["Age: versions behind, at most"].startswith("0 |")
+    assert rows["Age: optimizer steps behind, at most"].startswith("0 |")
+    assert rows["Age: sequences in flight, at most"] == "40 | 5 prompts x group_size 8"
+
+
+def test_the_whole_run_is_the_steps_times_one_step():
+    rows = table(Config())
+    assert rows["The: training steps"].startswith("80 |")
+    assert rows["The: optimizer steps"].startswith("240 |")
+    assert rows["The: prompts"].startswith("1,280 |")
+    assert rows["The: sequences"].startswith("10,240 |")
+    assert rows["The: generated tokens, at most"].startswith("655,360 |")
+
+
+@pytest.mark.usefixtures("model_folder")
+def test_memory_follows_from_the_model_and_is_shared_by_the_ranks(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    rows = table(Config(train=Train(micro_batch_tokens=2**20)))
+    # Layer: q 8*8+8, k and v 2*(8*4+4), o 8*8, mlp 3*8*24, norms 2*8 = 800. Twice that, plus the
+    # embedding 50*8 and the last norm 8.
+    assert rows["Memory: parameters"] == "2,008 | nowhere"
+    assert rows["Memory: weights"].startswith("0.0 MiB |")
+    # 17 numbers of 4 bytes x 2 layers x 8 hidden x 2^20 tokens = 1088 MiB.
+    assert rows["Memory: activations of a micro-batch"].startswith("1.1 GiB |")
+    # 4 bytes x 50 words x 2^20 tokens.
+    assert rows["Memory: logits of a micro-batch, at most"].startswith("200.0 MiB |")
+    assert rows["Memory: context of the model"].startswith("32 | TOO SHORT")
+
+
+@pytest.mark.usefixtures("model_folder")
+def test_recomputing_and_bfloat16_take_less_memory():
+    train = Train(micro_batch_tokens=2**20, dtype="bfloat16", activation_checkpointing=True)
+    # (2 layer inputs + 17 of one layer) x 2 bytes x 8 hidden x 2^20 tokens = 304 MiB.
+    row = table(Config(train=train))["Memory: activations of a micro-batch"]
+    assert row.startswith("304.0 MiB |")
+
+
+def test_memory_of_a_real_size_is_sixteen_bytes_per_parameter_over_the_ranks(tmp_path, monkeypatch):
+    config = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(data, "resolve_model", lambda name: str(tmp_path))
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    rows = table(Config(model="Qwen/Qwen2.5-0.5B"))
+    # The count on the model's card is 0.49B. 16 bytes x 494,032,768 / 4 = 1.84 GiB.
+    assert rows["Memory: parameters"] == "494,032,768 | Qwen/Qwen2.5-0.5B"
+    assert rows["Memory: weights"].startswith("1.8 GiB |")
+    assert rows["Memory: AdamW states"].startswith("3.7 GiB |")
+    assert rows["Memory: sum per rank"].startswith("1.8 GiB |")
+
+
+def test_a_model_that_cannot_be_read_is_unknown_and_the_rest_is_explained():
+    rows = table(Config())
+    assert rows["Memory: parameters"] == (
+        "unknown | nowhere cannot be read: There is no model nowhere."
+    )
+    assert "One: prompts" in rows
+
+
+def test_a_config_of_another_recipe_leaves_lines_out():
+    @dataclass(frozen=True, kw_only=True)
+    class Warmstart:
+        steps: int = 5
+        group_size: str = "many"
+
+    assert list(table(Warmstart())) == ["The: training steps"]
+    assert explain(object()) == "This config has no knobs that other numbers follow from."
+
+
+def test_the_table_fits_into_100_columns_whatever_the_numbers():
+    cfg = Config(
+        model="/long/" * 40,
+        steps=10**9,
+        group_size=10**6,
+        rollout=Rollout(prompts_per_step=10**9, max_staleness=10**6),
+    )
+    assert max(map(len, explain(cfg).splitlines())) <= 100

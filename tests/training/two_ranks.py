@@ -1,0 +1,79 @@
+"""What two ranks compute, for the tests in test_fsdp.py: one start of torchrun serves them all.
+
+torchrun --nproc-per-node 2 -m tests.training.two_ranks MODEL ONE_RANK_CHECKPOINT OUT
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+
+from arealite import dist
+from arealite.algo.advantages import group_advantages
+from arealite.training.fsdp import FSDPConfig, FSDPEngine
+from arealite.training.packing import pack
+from arealite.types import MicroBatch
+from tests.training.helpers import make_groups, sequences, step_gradient, train_step
+
+
+def my_minibatch(num_groups: int, max_tokens: int) -> list[MicroBatch]:
+    groups = dist.shard(make_groups(num_groups))
+    [minibatch] = pack(
+        groups,
+        group_advantages(groups),
+        num_minibatches=1,
+        max_tokens=max_tokens,
+        aggregation="token",
+    )
+    return minibatch
+
+
+def one_trajectory() -> list[MicroBatch]:
+    """One rank has one sequence, the other nothing."""
+    groups = [make_groups(1, 1)[0]] if dist.rank() == 0 else []
+    [minibatch] = pack(
+        groups, [[1.0]] * len(groups), num_minibatches=1, max_tokens=64, aggregation="token"
+    )
+    return minibatch
+
+
+def main(model: str, checkpoint: str, out: Path) -> None:
+    dist.init()
+    cfg = FSDPConfig(lr=1e-2, max_grad_norm=1e9)
+    engine = FSDPEngine(model, cfg)
+    minibatch = my_minibatch(num_groups=4, max_tokens=64)
+    logprobs = dict(
+        pair
+        for mb, values in zip(minibatch, engine.logprobs(minibatch), strict=True)
+        for pair in sequences(mb, values)
+    )
+    gradient, stats = step_gradient(engine, minibatch)
+    engine.save(out / "checkpoint")
+    after_next_step_stats = train_step(engine, minibatch)
+    weights = dict(engine.named_weights())
+    engine.save_pretrained(out / "exported")
+
+    lonely_gradient, lonely_stats = step_gradient(FSDPEngine(model, cfg), one_trajectory())
+
+    resumed = FSDPEngine(model, cfg)
+    resumed.load(Path(checkpoint))
+    resumed_stats = train_step(resumed, minibatch)
+    results = {
+        "logprobs": dist.gather(logprobs),
+        "num_micro_batches": dist.gather(len(minibatch)),
+        "gradient": gradient,
+        "stats": stats,
+        "after_next_step_stats": after_next_step_stats,
+        "weights": weights,
+        "lonely_gradient": lonely_gradient,
+        "lonely_stats": lonely_stats,
+        "resumed_weights": dict(resumed.named_weights()),
+        "resumed_stats": resumed_stats,
+    }
+    if dist.rank() == 0:
+        torch.save(results, out / "results.pt")
+    dist.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
