@@ -60,7 +60,12 @@ ADVICE_BY_SYMPTOM = (
         "Free some disk: .venv takes about 4 GB with CPU packages and 12 GB with CUDA packages.",
     ),
     (
-        ("Failed to establish a new connection", "timed out", "ProxyError", "SSLError"),
+        (
+            "(from versions: none)",
+            "Failed to establish a new connection",
+            "timed out",
+            "ProxyError",
+        ),
         "The package index does not answer. Check the network and HTTPS_PROXY, or name a mirror "
         "with PIP_INDEX_URL.",
     ),
@@ -283,12 +288,14 @@ def prepare_venv(device: str) -> None:
     """Have a .venv with a pip that runs, and without packages that are only half there."""
     VENV.mkdir(exist_ok=True)
     reason = reason_to_begin_again(device, platform.system(), *venv_versions())
+    if not reason and any(has_broken_pip(site) for site in site_packages()):
+        reason = "its pip is broken"
     if reason and any(VENV.iterdir()):
         print(f"  Beginning .venv again: {reason}.")
         empty(VENV)
     STAMP.unlink(missing_ok=True)
-    for leftover in (path for site in site_packages() for path in damaged(site)):
-        shutil.rmtree(leftover, ignore_errors=True)
+    for folder in (path for site in site_packages() for path in damaged(site)):
+        remove_package(folder)
     run("virtual environment", [sys.executable, "-m", "venv", str(VENV)])
 
 
@@ -313,8 +320,18 @@ def installed_versions() -> dict[str, str]:
     return {name.lower(): version for name, _, version in (n.partition("-") for n in names)}
 
 
+def has_broken_pip(site: Path) -> bool:
+    """Whether a pip is there that cannot be relied on to install anything, not even itself."""
+    versions = list(site.glob("pip-*.dist-info"))
+    if not (site / "pip").exists():
+        return False
+    command = [PYTHON, "-m", "pip", "--version"]
+    starts = subprocess.run(command, capture_output=True, check=False).returncode == 0
+    return not (starts and versions and all(map(is_whole, versions)))
+
+
 def damaged(site: Path) -> list[Path]:
-    """Folders that a killed pip leaves: without those of a package, pip installs it again."""
+    """Dist-info folders of packages that a killed pip left half there, and its own leftovers."""
     half_there = [path for path in site.glob("*.dist-info") if not is_whole(path)]
     return sorted([*site.glob("~*"), *half_there])
 
@@ -322,12 +339,25 @@ def damaged(site: Path) -> list[Path]:
 def is_whole(dist_info: Path) -> bool:
     """Whether every file that the package's RECORD gives a size for is there and has that size."""
     try:
-        rows = list(csv.reader((dist_info / "RECORD").read_text("utf-8").splitlines()))
-        return all(
-            (dist_info.parent / path).stat().st_size == int(size) for path, _, size in rows if size
-        )
+        return all(path.stat().st_size == int(size) for path, size in recorded(dist_info) if size)
     except (OSError, ValueError):
         return False
+
+
+def recorded(dist_info: Path) -> list[tuple[Path, str]]:
+    """Path and size, empty if not known, of each file of a package."""
+    rows = csv.reader((dist_info / "RECORD").read_text("utf-8").splitlines())
+    return [(dist_info.parent / path, size) for path, _, size in rows]
+
+
+def remove_package(folder: Path) -> None:
+    """Remove a dist-info folder, so that pip installs the package again, and the files it names."""
+    try:
+        for path, _ in recorded(folder):
+            path.unlink(missing_ok=True)
+    except (OSError, ValueError):
+        pass  # Without a record, pip was killed while installing: the next time overwrites it all.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def empty(folder: Path) -> None:
@@ -411,7 +441,8 @@ def run(title: str, command: list[str]) -> str:
         for line in process.stdout:
             log.write(line)
             last_lines.append(line.rstrip())
-            show(title, line.strip())
+            if "WARNING" not in line:
+                show(title, line.strip())
     output = "\n".join(last_lines)
     show(title, "")
     if process.returncode:

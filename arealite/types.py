@@ -85,6 +85,14 @@ class Trajectory:
         return sum(self.loss_mask)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LostRow:
+    """A row that was started and will not be trained on."""
+
+    place: int  # in the run's order
+    reason: str  # "rejected", or "failed: " and the error
+
+
 def _absent() -> torch.Tensor:
     return torch.empty(0)
 

@@ -154,8 +154,8 @@ def main(cfg: Config) -> None:
             inference_engine, explore, train_rows, cfg.rollout, seed=cfg.seed, start=start
         ) as rollouts:
             for version in range(start.version, cfg.steps):
-                groups = rollouts.next_batch()
-                rollout_log.write(version + 1, groups)
+                groups, lost = rollouts.next_batch(), rollouts.take_lost()
+                rollout_log.write(version + 1, groups, lost)
                 minibatches = pack(
                     groups,
                     group_advantages(groups),
@@ -171,9 +171,8 @@ def main(cfg: Config) -> None:
                 stats = [train_engine.step(mbs, loss_fn) for mbs in minibatches]
                 push_weights(train_engine, inference_engine, version=version + 1)
 
-                metrics.log(
-                    version + 1, rollout_metrics(groups, version), train_metrics(stats), gap
-                )
+                progress = rollout_metrics(groups, version, lost) | train_metrics(stats) | gap
+                metrics.log(version + 1, progress)
                 if (version + 1) % cfg.eval_every_steps == 0 or version + 1 == cfg.steps:
                     metrics.log(version + 1, check())
                 if (version + 1) % cfg.save_every_steps == 0 or version + 1 == cfg.steps:

@@ -174,6 +174,34 @@ def test_packages_that_a_killed_pip_left_half_there_are_found(setup: ModuleType)
     assert found == sorted([leftover, missing, no_record, shorter])
 
 
+def test_half_there_package_is_removed_so_that_pip_installs_it_again(setup: ModuleType):
+    whole = install(setup, "whole", "1.0")
+    half_there = install(setup, "half_there", "1.0", content="x = 22\n")
+    (half_there.parent / "half_there.py").write_text("x")
+    setup.remove_package(half_there)
+    assert sorted(path.name for path in whole.parent.iterdir()) == [
+        "whole-1.0.dist-info",
+        "whole.py",
+    ]
+
+
+def test_pip_is_broken_when_it_does_not_start_or_is_not_whole(setup: ModuleType):
+    dist_info = install(setup, "pip", "26.0")
+    (dist_info.parent / "pip").mkdir()
+    add_python(setup, "exit 0")
+    assert not setup.has_broken_pip(dist_info.parent)
+    setup.PYTHON.write_text("#!/bin/sh\nexit 1\n")
+    assert setup.has_broken_pip(dist_info.parent)
+    setup.PYTHON.write_text("#!/bin/sh\nexit 0\n")
+    (dist_info / "RECORD").unlink()
+    assert setup.has_broken_pip(dist_info.parent)
+
+
+def test_missing_pip_is_not_a_broken_one(setup: ModuleType):
+    dist_info = install(setup, "torch", "2.13.0+cpu")
+    assert not setup.has_broken_pip(dist_info.parent)
+
+
 def test_companion_that_does_not_import_is_uninstalled(setup: ModuleType):
     install(setup, "torch", "2.13.0+cpu")
     install(setup, "torchvision", "0.28.0")

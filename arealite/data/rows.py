@@ -146,7 +146,9 @@ def _checked(row: object, place: str, required: tuple[str, ...]) -> Row:
         raise DataError(f"{place} is a {type(row).__name__}, not an object with keys and values.")
     for key in required:
         if key not in row:
-            raise DataError(f"{place} has no {key!r}. Its keys are {', '.join(map(repr, row))}.")
+            raise DataError(
+                f"{place} has no {key!r}. Its keys: {', '.join(map(repr, row)) or 'none'}."
+            )
         problem = _problem_with(row[key])
         if problem:
             raise DataError(f"{place}: {key!r} {problem}.")
@@ -156,7 +158,7 @@ def _checked(row: object, place: str, required: tuple[str, ...]) -> Row:
 def _problem_with(value: object) -> str | None:
     """What keeps a field from being text that a model can read, or None."""
     if not isinstance(value, str):
-        return f"is {json.dumps(value, default=str)[:80]} and not a string; write it as one"
+        return f"is of type {type(value).__name__}; it must be a string"
     if not value.strip():
         return "is empty"
     if "\x00" in value:

@@ -120,6 +120,9 @@ class _Supervisor:
     """The run's side of the supervisor process."""
 
     def __init__(self, spec: dict[str, Any], startup_timeout_s: float) -> None:
+        began_s = time.monotonic()
+        count = len(spec["commands"])
+        print(f"Starting {count} vLLM server(s), about half a minute; log in {spec['log_dir']}")
         self._closing = False
         self._server_pids: list[int] = []
         self._watcher = threading.Thread(target=self._watch, name="arealite-servers", daemon=True)
@@ -137,6 +140,7 @@ class _Supervisor:
         except BaseException:
             self.close()
             raise
+        print(f"Serving at {', '.join(self.addresses)} after {time.monotonic() - began_s:.0f} s.")
         self._watcher.start()
 
     def close(self) -> None:

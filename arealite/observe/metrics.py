@@ -17,6 +17,8 @@ batch that made it. Names, in the order in which a step meets them:
 | rollout/staleness_max | the same, largest |
 | rollout/tokens | sampled tokens in the batch |
 | groups/constant_share | share of groups in which every reward is equal: they teach nothing |
+| groups/rejected | rows that their workflow refused since the step before; see lost.jsonl |
+| groups/failed | rows whose episode raised or took too long, likewise |
 | gate/logprob_gap_mean | mean abs(server - trainer log-prob) of tokens, from `gates.logprob_gap` |
 | gate/logprob_gap_max | the same, largest |
 | train/loss | mean over the step's optimizer steps, without skipped ones |
@@ -53,15 +55,18 @@ from arealite.observe.summary import (
     summarize,
 )
 from arealite.observe.terminal import StepTable, show, warn
-from arealite.types import StepStats, Trajectory
+from arealite.types import LostRow, StepStats, Trajectory
 
 
-def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, float]:
+def rollout_metrics(
+    groups: list[list[Trajectory]], version: int, lost: Sequence[LostRow] = ()
+) -> dict[str, float]:
     """Means over the trajectories of all ranks; collective, so call it on every rank.
 
     Args:
         groups: this rank's share of the batch; may be empty.
         version: of the policy that is about to train on them, for the staleness.
+        lost: this rank's rows that were given up since the step before.
     """
     trajectories = [trajectory for group in groups for trajectory in group]
     lengths = [trajectory.response_length for trajectory in trajectories]
@@ -71,7 +76,8 @@ def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, f
         for sampled_by, is_sampled in zip(trajectory.versions, trajectory.loss_mask, strict=True)
         if is_sampled
     ]
-    rewards, truncated, count, num_tokens, lag, constant, num_groups = dist.sum(
+    rejected = sum(row.reason == "rejected" for row in lost)
+    rewards, truncated, count, num_tokens, lag, constant, num_groups, *losses = dist.sum(
         [
             sum(trajectory.reward for trajectory in trajectories),
             sum(trajectory.finish_reason == "length" for trajectory in trajectories),
@@ -80,6 +86,8 @@ def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, f
             sum(staleness),
             sum(len({trajectory.reward for trajectory in group}) == 1 for group in groups),
             len(groups),
+            rejected,
+            len(lost) - rejected,
         ]
     )
     extremes = dist.gather((max(lengths, default=0), max(staleness, default=0)))
@@ -92,6 +100,8 @@ def rollout_metrics(groups: list[list[Trajectory]], version: int) -> dict[str, f
         "rollout/staleness_max": float(max(age for _, age in extremes)),
         "rollout/tokens": num_tokens,
         "groups/constant_share": _ratio(constant, num_groups),
+        "groups/rejected": losses[0],
+        "groups/failed": losses[1],
     }
 
 
@@ -172,6 +182,8 @@ class MetricLogger:
         """
         if not self._is_writer:
             return
+        if version:
+            show(f"{self.out_dir} continues after step {version}.")
         num_removed = self._lines.drop_from(version + 1)
         if num_removed:
             show(f"{self._lines.path}: removed {num_removed} lines of steps after step {version}.")

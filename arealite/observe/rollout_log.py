@@ -1,4 +1,4 @@
-"""What was sampled: one line per trajectory that a training step consumed.
+"""What was sampled: one line per trajectory that a training step consumed, and per row it lost.
 
 Each rank writes the trajectories it owns: rank 0 `rollouts.jsonl`, rank 1 `rollouts.rank1.jsonl`,
 and so on; `read_rollouts` reads them all. One line, for a two-token answer to a three-token prompt:
@@ -7,10 +7,12 @@ and so on; `read_rollouts` reads them all. One line, for a two-token answer to a
      "behavior_logprobs": [0.0, 0.0, 0.0, -0.10536, -1.20397], "versions": [-1, -1, -1, 6, 6],
      "reward": 1.0, "finish_reason": "stop", "temperature": 1.0, "text": "34<end>"}
 
-`version` is the training step that consumed it, counted as in metrics.jsonl.
+`version` is the training step that consumed it, counted as in metrics.jsonl. Rows whose episode
+was rejected or failed are in `lost.jsonl`, `lost.rank1.jsonl`, ..., each with its reason, so that
+every row of the order is either in a step or explained.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,7 +21,7 @@ import numpy as np
 
 from arealite import dist
 from arealite.observe.json_lines import JsonLines, read_json_lines
-from arealite.types import Trajectory
+from arealite.types import LostRow, Trajectory
 
 
 class Decoder(Protocol):
@@ -43,11 +45,19 @@ class RolloutLine(msgspec.Struct):
     text: str | None
 
 
+class LostLine(msgspec.Struct):
+    """One row that was started and is not trained on."""
+
+    version: int
+    row_index: int
+    reason: str
+
+
 class RolloutLog:
     """Appends trajectories to this rank's file; a disk error is reported once, never raised.
 
         log = RolloutLog(cfg.out_dir, tokenizer)
-        log.write(version + 1, groups)
+        log.write(version + 1, groups, rollouts.take_lost())
 
     About 15 bytes per token: 128 trajectories of 80 tokens make 0.2 MB a step.
 
@@ -60,7 +70,8 @@ class RolloutLog:
         self.out_dir = Path(out_dir)
         self.out_dir.mkdir(parents=True, exist_ok=True)
         self._tokenizer = tokenizer
-        self._lines = JsonLines(self.out_dir / _file_name(dist.rank()))
+        self._lines = JsonLines(self.out_dir / _file_name("rollouts", dist.rank()))
+        self._lost_lines = JsonLines(self.out_dir / _file_name("lost", dist.rank()))
         self._is_resumed = False
 
     def resume(self, version: int) -> None:
@@ -70,18 +81,30 @@ class RolloutLog:
         """
         self._is_resumed = True
         self._lines.drop_from(version + 1)
+        self._lost_lines.drop_from(version + 1)
         if dist.rank() == 0:  # a run that had more ranks left files that nobody else looks after
-            for path in self.out_dir.glob("rollouts.rank*.jsonl"):
-                if path not in {self.out_dir / _file_name(rank) for rank in _ranks()}:
-                    JsonLines(path).drop_from(version + 1)
+            for kind in ("rollouts", "lost"):
+                for path in self.out_dir.glob(f"{kind}.rank*.jsonl"):
+                    if path.name not in {_file_name(kind, rank) for rank in _ranks()}:
+                        JsonLines(path).drop_from(version + 1)
 
-    def write(self, version: int, groups: list[list[Trajectory]]) -> None:
-        """Append this rank's share of the batch that training step `version` consumed."""
+    def write(
+        self, version: int, groups: list[list[Trajectory]], lost: Sequence[LostRow] = ()
+    ) -> None:
+        """Append this rank's share of the batch that training step `version` consumed.
+
+        Args:
+            lost: rows given up since the step before, from `RolloutExecutor.take_lost`.
+        """
         if not self._is_resumed:
             self.resume(version - 1)
         self._lines.append(
             [self._line(version, trajectory) for group in groups for trajectory in group]
         )
+        if lost:
+            self._lost_lines.append(
+                [LostLine(version=version, row_index=row.place, reason=row.reason) for row in lost]
+            )
 
     def _line(self, version: int, trajectory: Trajectory) -> RolloutLine:
         return RolloutLine(
@@ -106,13 +129,22 @@ class RolloutLog:
 
 def read_rollouts(out_dir: str | Path) -> Iterator[dict[str, Any]]:
     """The lines of all ranks, rank by rank, each in the order of its steps; none if not logged."""
-    paths = Path(out_dir).glob("rollouts*.jsonl")
+    return _read_all(out_dir, "rollouts")
+
+
+def read_lost(out_dir: str | Path) -> Iterator[dict[str, Any]]:
+    """The rows that were rejected or failed, of all ranks; `reason` says why."""
+    return _read_all(out_dir, "lost")
+
+
+def _read_all(out_dir: str | Path, kind: str) -> Iterator[dict[str, Any]]:
+    paths = [path for path in Path(out_dir).glob(f"{kind}*.jsonl") if path.stat().st_size]
     for path in sorted(paths, key=lambda path: (len(path.name), path.name)):
         yield from read_json_lines(path)
 
 
-def _file_name(rank: int) -> str:
-    return "rollouts.jsonl" if rank == 0 else f"rollouts.rank{rank}.jsonl"
+def _file_name(kind: str, rank: int) -> str:
+    return f"{kind}.jsonl" if rank == 0 else f"{kind}.rank{rank}.jsonl"
 
 
 def _ranks() -> range:

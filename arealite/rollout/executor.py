@@ -29,7 +29,7 @@ from arealite.errors import (
     TrajectoryError,
 )
 from arealite.rollout.admission import Admission, Ticket, merge_cursors
-from arealite.types import Cursor, Row, Trajectory
+from arealite.types import Cursor, LostRow, Row, Trajectory
 
 POLL_S = 0.01
 """How often the rollout thread looks for a new weight version."""
@@ -69,14 +69,6 @@ class RolloutConfig:
                 f"rollout.prompts_per_step={prompts} does not divide by the {ranks} ranks of this "
                 f"run. Set it to {choices}."
             )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class LostRow:
-    """A row that was started and will not be trained on."""
-
-    place: int  # in the run's order
-    reason: str  # "rejected", or "failed: " and the error
 
 
 class RolloutExecutor:

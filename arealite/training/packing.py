@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -53,24 +53,15 @@ def pack(
             constant: sum divided by (sequences * max_length).
         max_length: the constant of `aggregation="constant"`, in tokens.
     """
+    if aggregation not in get_args(Aggregation):
+        raise ConfigError(f"aggregation={aggregation!r} is none of {get_args(Aggregation)}.")
     if aggregation == "constant" and not max_length:
         raise ConfigError(
             'aggregation="constant" divides by max_length, which is not set. '
             "Pass the budget of one response, e.g. max_length=cfg.sampling.max_new_tokens."
         )
     sequences = _gather(groups, advantages)
-    if not 1 <= num_minibatches <= len(sequences):
-        raise ConfigError(
-            f"{len(sequences)} trajectories cannot make num_minibatches={num_minibatches}. "
-            "Set it between 1 and the number of trajectories of a step."
-        )
-    longest = max(len(sequence) for sequence in sequences)
-    if longest > max_tokens:
-        raise ConfigError(
-            f"A trajectory has {longest} tokens, but a micro-batch holds at most "
-            f"{max_tokens}. Set train.micro_batch_tokens to {longest} or more, or lower "
-            "sampling.max_new_tokens."
-        )
+    _check_fits(sequences, num_minibatches, max_tokens)
     bounds = [i * len(sequences) // num_minibatches for i in range(num_minibatches + 1)]
     minibatches = [sequences[start:end] for start, end in pairwise(bounds)]
     return [_cut(part, max_tokens, aggregation, max_length or 1) for part in minibatches]
@@ -142,6 +133,21 @@ def _gather(
             raise TrajectoryError(f"{found} (rank {rank})")
     # By row, so that minibatches do not depend on which rank owned a row; sorted() is stable.
     return sorted((s for _, part in parts for s in part), key=lambda s: s.row_index)
+
+
+def _check_fits(sequences: list[_Sequence], num_minibatches: int, max_tokens: int) -> None:
+    if not 1 <= num_minibatches <= len(sequences):
+        raise ConfigError(
+            f"{len(sequences)} trajectories cannot make num_minibatches={num_minibatches}. "
+            "Set it between 1 and the number of trajectories of a step."
+        )
+    longest = max(len(sequence) for sequence in sequences)
+    if longest > max_tokens:
+        raise ConfigError(
+            f"A trajectory has {longest} tokens, but a micro-batch holds at most "
+            f"{max_tokens}. Set train.micro_batch_tokens to {longest} or more, or lower "
+            "sampling.max_new_tokens."
+        )
 
 
 def _to_sequence(trajectory: Trajectory, advantage: float | Sequence[float]) -> _Sequence:

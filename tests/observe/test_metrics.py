@@ -14,7 +14,7 @@ from arealite.errors import ConfigError
 from arealite.observe import metrics as metrics_module
 from arealite.observe import sinks
 from arealite.observe.metrics import MetricLogger, read_metrics, rollout_metrics, train_metrics
-from arealite.types import FinishReason, StepStats, Trajectory
+from arealite.types import LostRow, FinishReason, StepStats, Trajectory
 from tests.observe.ranks import run_on_two_ranks
 
 
@@ -84,7 +84,8 @@ STATS = StepStats(
 
 
 def test_rollout_metrics_of_a_batch_computed_by_hand():
-    assert rollout_metrics(GROUPS, version=5) == {
+    lost = [LostRow(place=3, reason="rejected"), LostRow(place=4, reason="failed: OSError")]
+    assert rollout_metrics(GROUPS, version=5, lost=[*lost, lost[1]]) == {
         "rollout/reward": 3 / 5,
         "rollout/response_length": 10 / 5,
         "rollout/response_length_max": 4.0,
@@ -93,6 +94,8 @@ def test_rollout_metrics_of_a_batch_computed_by_hand():
         "rollout/staleness_max": 2.0,
         "rollout/tokens": 10.0,
         "groups/constant_share": 2 / 3,
+        "groups/rejected": 1.0,
+        "groups/failed": 2.0,
     }
 
 

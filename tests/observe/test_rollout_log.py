@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from arealite import dist
-from arealite.observe.rollout_log import RolloutLog, read_rollouts
-from arealite.types import Trajectory
+from arealite.observe.rollout_log import RolloutLog, read_lost, read_rollouts
+from arealite.types import LostRow, Trajectory
 
 TRAJECTORY = Trajectory(
     token_ids=[4, 9, 3, 5, 2],
@@ -110,3 +110,14 @@ def test_a_step_of_128_trajectories_takes_milliseconds(tmp_path: Path):
         durations_s.append(time.perf_counter() - began_s)
     assert min(durations_s) < 0.01
     assert (tmp_path / "rollouts.jsonl").stat().st_size < 10 * 250_000
+
+
+def test_a_row_that_was_given_up_is_written_with_its_reason(tmp_path: Path):
+    log = RolloutLog(tmp_path)
+    log.write(1, [[TRAJECTORY]], [LostRow(place=17, reason="failed: OSError: no luck")])
+    log.write(2, [[TRAJECTORY]])
+    RolloutLog(tmp_path).resume(1)
+    assert list(read_lost(tmp_path)) == [
+        {"version": 1, "row_index": 17, "reason": "failed: OSError: no luck"}
+    ]
+    assert len(list(read_rollouts(tmp_path))) == 1

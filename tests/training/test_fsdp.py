@@ -274,6 +274,19 @@ def test_a_setting_that_cannot_work_is_refused_by_name(options: dict[str, Any], 
         FSDPConfig(**options)
 
 
+@pytest.mark.parametrize(("cpu_threads", "expected"), [(3, 3), (0, 1)])
+def test_a_rank_uses_the_chosen_threads_or_leaves_half_of_the_cores_to_the_servers(
+    cpu_threads: int, expected: int, model_path: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    try:
+        FSDPEngine(model_path, FSDPConfig(cpu_threads=cpu_threads))
+        assert torch.get_num_threads() == expected
+    finally:
+        torch.set_num_threads(1)
+
+
 # ---- what it writes
 
 
@@ -303,6 +316,18 @@ def test_weights_of_a_mixture_of_experts_come_under_their_published_names(tmp_pa
     published = load_file(tmp_path / "model.safetensors")
     assert "model.layers.0.mlp.experts.3.up_proj.weight" in published
     assert same(weights_of(FSDPEngine(str(tmp_path), CFG)), published)
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_weights_are_not_rounded_by_a_computation_in_bfloat16(
+    reshard_after_forward: bool, model_path: str
+):
+    cfg = FSDPConfig(dtype="bfloat16", reshard_after_forward=reshard_after_forward)
+    engine = FSDPEngine(model_path, cfg)
+    engine.logprobs(minibatch_of())
+    published = plain_model(model_path).state_dict()
+    del published["lm_head.weight"]
+    assert same(weights_of(engine), published)
 
 
 def test_weights_handed_out_do_not_change_with_the_next_step(engine: FSDPEngine):

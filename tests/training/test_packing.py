@@ -1,6 +1,6 @@
 from dataclasses import replace
 from itertools import chain
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -295,14 +295,17 @@ def test_more_minibatches_than_trajectories_are_refused():
         )
 
 
-def test_a_constant_mean_without_its_constant_is_refused():
-    with pytest.raises(ConfigError, match="max_length"):
+@pytest.mark.parametrize(
+    ("aggregation", "message"), [("constant", "max_length"), ("mean", "none of .*'token'")]
+)
+def test_an_aggregation_that_cannot_be_computed_is_refused(aggregation: Any, message: str):
+    with pytest.raises(ConfigError, match=message):
         pack(
             [[make_trajectory(1, 2)]],
             [[1.0]],
             num_minibatches=1,
             max_tokens=20,
-            aggregation="constant",
+            aggregation=aggregation,
         )
 
 
