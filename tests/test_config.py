@@ -62,8 +62,8 @@ class Config(Common):
     """Training steps."""
     note: str | None = None
     addresses: tuple[str, ...] = ()
-    sampling: SamplingParams = SamplingParams(temperature=1.0, max_new_tokens=64)  # noqa: RUF009
-    eval_sampling: SamplingParams = SamplingParams(temperature=0.0)  # noqa: RUF009
+    sampling: SamplingParams = SamplingParams(temperature=1.0, max_new_tokens=64)
+    eval_sampling: SamplingParams = SamplingParams(temperature=0.0)
     train: Train = Train(lr=1e-3)
 
     def __post_init__(self) -> None:

@@ -33,7 +33,7 @@ class Config:
     steps: int = 80
     group_size: int = 8
     minibatches: int = 3
-    sampling: SamplingParams = SamplingParams(max_new_tokens=64)  # noqa: RUF009
+    sampling: SamplingParams = SamplingParams(max_new_tokens=64)
     rollout: Rollout = Rollout()
     train: Train = Train()
 

@@ -8,6 +8,7 @@ equal length are padded to one block and go through SDPA together. CUDA in half 
 from dataclasses import dataclass
 
 import torch
+from torch.nn.attention.varlen import varlen_attn
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface, AttentionMaskInterface
 
@@ -110,9 +111,6 @@ def _varlen(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    # Imported here: it asks for a CUDA build on some versions.
-    from torch.nn.attention.varlen import varlen_attn
-
     out = varlen_attn(
         query,
         key,

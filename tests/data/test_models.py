@@ -45,7 +45,7 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(name: str):
 
 
 def test_an_embedded_model_that_does_not_exist_is_answered_with_the_one_that_does():
-    with pytest.raises(DataError, match="'arealite/tiny-maths'.*'arealite/tiny-math'"):
+    with pytest.raises(DataError, match=r"'arealite/tiny-maths'.*'arealite/tiny-math'"):
         resolve_model("arealite/tiny-maths")
 
 
@@ -61,7 +61,7 @@ def test_a_missing_shard_of_the_weights_is_named(folder: Path):
     shards = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": shards}))
-    with pytest.raises(DataError, match="has no model-00002-of-00002.safetensors"):
+    with pytest.raises(DataError, match=r"has no model-00002-of-00002.safetensors"):
         resolve_model(str(folder))
     index.write_text('{"weight_map": ')
     with pytest.raises(DataError, match="is not an index of weight files"):
@@ -137,7 +137,7 @@ def test_a_tokenizer_without_end_token_is_refused_with_what_to_do(folder: Path):
     edit(
         folder / "tokenizer_config.json", eos_token=None, tokenizer_class="PreTrainedTokenizerFast"
     )
-    with pytest.raises(DataError, match="no end token.*tokenizer_config.json"):
+    with pytest.raises(DataError, match=r"no end token.*tokenizer_config.json"):
         load_tokenizer(str(folder))
 
 

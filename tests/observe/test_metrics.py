@@ -14,7 +14,7 @@ from arealite.errors import ConfigError
 from arealite.observe import metrics as metrics_module
 from arealite.observe import sinks
 from arealite.observe.metrics import MetricLogger, read_metrics, rollout_metrics, train_metrics
-from arealite.types import LostRow, FinishReason, StepStats, Trajectory
+from arealite.types import FinishReason, LostRow, StepStats, Trajectory
 from tests.observe.ranks import run_on_two_ranks
 
 

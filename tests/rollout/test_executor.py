@@ -179,7 +179,7 @@ def test_misaligned_trajectories_name_the_workflow_and_the_field():
     async def crooked(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
         return [trajectory(row, versions=[0])]
 
-    with pytest.raises(RolloutError, match="Workflow.arun_episode returned 1 versions for 2") as e:
+    with pytest.raises(RolloutError, match=r"Workflow.arun_episode returned 1 versions for 2") as e:
         run_episodes(ScriptedEngine(replies=[]), Workflow(crooked), ROWS)
     assert isinstance(e.value.__cause__, TrajectoryError)
 
@@ -201,5 +201,5 @@ def test_a_batch_that_does_not_divide_by_the_ranks_names_the_nearest_that_do(
     monkeypatch: pytest.MonkeyPatch,
 ):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ConfigError, match="prompts_per_step=16 .* 3 ranks .* Set it to 15 or 18"):
+    with pytest.raises(ConfigError, match=r"prompts_per_step=16 .* 3 ranks .* Set it to 15 or 18"):
         executor(answer, prompts_per_step=16)

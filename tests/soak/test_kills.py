@@ -16,6 +16,7 @@ from arealite.observe.rollout_log import read_rollouts
 pytestmark = pytest.mark.soak
 
 REPOSITORY = Path(__file__).parents[2]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 STEPS, SAVE_EVERY = 12, 3
 SETTINGS = [f"steps={STEPS}", f"save_every_steps={SAVE_EVERY}", "eval_every_steps=6"]
 
@@ -31,8 +32,7 @@ class Run:
         self.log = out_dir.with_suffix(".log")
         with open(self.log, "ab") as log:
             self.agent = psutil.Popen(
-                [sys.executable, "-m", "torch.distributed.run", "recipes/gsm8k_grpo.py"]
-                + [f"out_dir={out_dir}", *SETTINGS],
+                [*TORCHRUN, "recipes/gsm8k_grpo.py", f"out_dir={out_dir}", *SETTINGS],
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=log,
