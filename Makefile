@@ -48,7 +48,7 @@ lint: setup
 	$(call stage,ruff format,$(BIN)/ruff format --check)
 	$(call stage,layers,$(BIN)/lint-imports --no-logo)
 	$(call stage,types,$(BIN)/pyright)
-	$(if $(NOTEBOOKS),$(call stage,notebooks without output,$(BIN)/nbstripout --verify $(NOTEBOOKS)))
+	$(if $(NOTEBOOKS),$(call stage,notebooks without output,$(BIN)/nbstripout --keep-id --verify $(NOTEBOOKS)))
 
 test: lint
 	$(call stage,tests,$(BIN)/pytest -q --durations=15 $(ARGS))
@@ -59,7 +59,7 @@ soak: setup
 format: setup
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
-	$(if $(NOTEBOOKS),$(BIN)/nbstripout $(NOTEBOOKS))
+	$(if $(NOTEBOOKS),$(BIN)/nbstripout --keep-id $(NOTEBOOKS))
 
 clean:
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -422,8 +422,8 @@ def check_imports(device: str, names: tuple[str, ...]) -> None:
     output = run("imports", [str(PYTHON), "-c", LOAD_EVERYTHING, *names])
     if device == "cuda" and "gpu True" not in output:
         print(
-            "  Warning: torch sees no GPU. The driver may be too old for this build of torch: "
-            "update it, or set AREALITE_DEVICE=cpu."
+            f"  Warning: torch {installed_versions().get('torch')} sees no GPU. Most often the "
+            "driver is too old for it: update the driver, or set AREALITE_DEVICE=cpu."
         )
 
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
+from torch._C._distributed_c10d import HashStore
 
 Item = TypeVar("Item")
 
@@ -35,7 +36,7 @@ def init(*, seed: int = 0) -> None:
             torch_dist.init_process_group(backend, timeout=TIMEOUT)
         else:
             torch_dist.init_process_group(
-                backend, store=torch_dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT
+                backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT
             )
     random.seed(seed + rank())
     torch.manual_seed(seed + rank())

@@ -36,8 +36,10 @@ class Config:
     """Optimizer steps; no problem comes twice."""
     batch_size: int = 64
     """Problems in one step."""
+    num_worked_steps: int = 500
+    """The first steps, in which every answer is worked out."""
     share_direct: float = 0.7
-    """Share of the problems that are answered by their last line alone."""
+    """After them, share of the problems that are answered by their last line alone."""
     lr: float = 3e-3
     """Peak of the learning rate: up over the first 5 % of the steps, then down to zero."""
     weight_decay: float = 0.1
@@ -58,9 +60,10 @@ def training_rows(cfg: Config) -> list[Row]:
         cfg.steps * cfg.batch_size, seed=1_000 + cfg.seed, exclude=held_out
     )
     source = random.Random(cfg.seed)
-    return [
+    first_mixed = cfg.num_worked_steps * cfg.batch_size
+    return problems[:first_mixed] + [
         row | {"answer": last_line(row["answer"])} if source.random() < cfg.share_direct else row
-        for row in problems
+        for row in problems[first_mixed:]
     ]
 
 

@@ -125,6 +125,7 @@ class _Supervisor:
         print(f"Starting {count} vLLM server(s), about half a minute; log in {spec['log_dir']}")
         self._closing = False
         self._server_pids: list[int] = []
+        self._segments: list[str] = []
         self._watcher = threading.Thread(target=self._watch, name="arealite-servers", daemon=True)
         self._process = subprocess.Popen(
             [sys.executable, "-m", "arealite.inference.supervisor"],
@@ -162,6 +163,7 @@ class _Supervisor:
         while True:
             event = self._next_event(max(0.0, deadline - time.monotonic()))
             if event["event"] == "ready":
+                self._segments = event["segments"]
                 return event["addresses"]
             if event["event"] == "failed":
                 raise ServerError(event["message"])
@@ -192,6 +194,7 @@ class _Supervisor:
             os._exit(1)
 
     def _end_servers(self) -> None:
+        """What the supervisor does before it ends; here for one that could not."""
         processes: list[psutil.Process] = []
         for pid in self._server_pids:
             try:
@@ -200,6 +203,8 @@ class _Supervisor:
             except psutil.NoSuchProcess:
                 continue
         end_processes(processes, grace_s=1)
+        for segment in self._segments:
+            Path(segment).unlink(missing_ok=True)
 
 
 def _spec(model: str, cfg: ServerConfig, log_dir: str | Path) -> dict[str, Any]:
@@ -265,7 +270,12 @@ def _on_gpus(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
 
 def _on_cpu(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
     """Arguments of every server, and the environment of each."""
-    environment = {"VLLM_CPU_KVCACHE_SPACE": str(cfg.cpu_cache_gib)}
+    environment = {
+        "VLLM_CPU_KVCACHE_SPACE": str(cfg.cpu_cache_gib),
+        # Threads that wait must sleep: by default they spin, on cores that the trainer needs.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "KMP_BLOCKTIME": "0",
+    }
     if cfg.cpu_cores:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = cfg.cpu_cores
     # Compiled mode keeps the old packed weights after an update on CPU.

@@ -22,7 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,6 @@ class Server:
     process: subprocess.Popen[bytes]
     port: int
     log: Path
-    segments: set[Path] = field(default_factory=set)
 
     @property
     def address(self) -> str:
@@ -81,12 +80,19 @@ def main() -> None:
     _adopt_orphans()
     scratch = Path(tempfile.mkdtemp(prefix="arealite-"))
     servers: list[Server] = []
+    segments = set[Path]()
     spec: Spec | None = None
     try:
         spec = Spec(**json.loads(_read_line()))
         _start_all(spec, scratch, servers)
-        addresses = [server.address for server in servers]
-        _emit({"event": "ready", "addresses": addresses})
+        segments = mapped_segments(psutil.Process().children(recursive=True))
+        _emit(
+            {
+                "event": "ready",
+                "addresses": [server.address for server in servers],
+                "segments": [str(segment) for segment in segments],
+            }
+        )
         _watch(servers)
     except ServerError as error:
         _emit({"event": "failed", "message": str(error)})
@@ -94,7 +100,7 @@ def main() -> None:
         pass
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _clean_up(servers, spec.region_prefix if spec else None)
+        _clean_up(segments, spec.region_prefix if spec else None)
         shutil.rmtree(scratch, ignore_errors=True)
 
 
@@ -114,7 +120,6 @@ def _start_all(spec: Spec, scratch: Path, servers: list[Server]) -> None:
                     f"{server.log_tail()}"
                 )
             _wait(0.2)
-        server.segments = _mapped_segments(_family(server))
 
 
 def _start(spec: Spec, index: int, scratch: Path) -> Server:
@@ -197,11 +202,11 @@ def _raise_closed() -> None:
     raise RunClosedError
 
 
-def _clean_up(servers: list[Server], region_prefix: str | None) -> None:
+def _clean_up(segments: set[Path], region_prefix: str | None) -> None:
     """End every process below us, then unlink the shared memory they had mapped."""
-    family = [process for server in servers for process in _family(server)]
-    segments = set[Path]().union(*(server.segments for server in servers))
-    segments |= _mapped_segments(family)
+    # All of them: an orphan has become our child, whatever session it is in.
+    family = psutil.Process().children(recursive=True)
+    segments = segments | mapped_segments(family)
     end_processes(family)
     if region_prefix is not None:
         segments |= set(SHM.glob(f"{region_prefix}*"))
@@ -221,22 +226,7 @@ def end_processes(processes: list[psutil.Process], *, grace_s: float = 3.0) -> N
     psutil.wait_procs(alive, timeout=5)
 
 
-def _family(server: Server) -> list[psutil.Process]:
-    """The server and all below it, also when their parents are gone: same session, or our own."""
-    family = {server.process.pid}
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-            if os.getsid(process.pid) == server.process.pid:
-                family.add(process.pid)
-                family |= {child.pid for child in process.children(recursive=True)}
-    found = []
-    for pid in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append(psutil.Process(pid))
-    return found
-
-
-def _mapped_segments(processes: list[psutil.Process]) -> set[Path]:
+def mapped_segments(processes: list[psutil.Process]) -> set[Path]:
     """Files of /dev/shm that the processes have mapped: vLLM's leak when it is killed."""
     segments = set[Path]()
     for process in processes:

@@ -214,6 +214,8 @@ class MetricLogger:
             self._table.show_step(version, self._steps[version], self._seconds_left(version))
         evaluation = {name: value for name, value in values.items() if name.startswith("eval/")}
         if evaluation:
+            gap = values.get("gate/logprob_gap_mean")
+            evaluation |= {} if gap is None else {"gap": gap}
             self._table.show_evaluation(version, evaluation)
 
     def summary(self) -> dict[str, float]:
