@@ -32,7 +32,7 @@ from arealite.types import Row
 class Config:
     """Every knob of this experiment; the defaults made the weights that arealite ships."""
 
-    steps: int = 1_400
+    steps: int = 1_000
     """Optimizer steps; no problem comes twice."""
     batch_size: int = 64
     """Problems in one step."""

@@ -82,7 +82,7 @@ def _problem(source: random.Random) -> Row:
 def _operation(source: random.Random, total: int) -> tuple[str, str, int]:
     symbol = source.choice("+-*")
     if symbol == "-" and total > 1:
-        return source.choice(LOSSES), "-", source.randint(1, min(9, total - 1))
+        return source.choice(LOSSES), "-", source.randint(1, total - 1)
     if symbol == "*":
         return source.choice(DOUBLINGS), "*", 2
     return source.choice(GAINS), "+", source.randint(1, 9)

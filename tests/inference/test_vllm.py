@@ -2,6 +2,8 @@
 
 import asyncio
 import random
+import time
+import urllib.request
 
 import pytest
 
@@ -34,30 +36,39 @@ def test_server_and_trainer_agree_after_each_push(engine: VLLMEngine, tiny_model
 
 
 def test_every_token_names_its_weights_when_pushes_come_in_mid_generation(
-    engine: VLLMEngine, tiny_model: str
+    engine: VLLMEngine, vllm_address: str, tiny_model: str
 ):
-    weights = {0: perturbed(checkpoint(tiny_model), seed=10)}
+    weights = {v: perturbed(checkpoint(tiny_model), seed=10 + v) for v in range(4)}
     push(engine, weights[0], 0)
     prompts = make_prompts(16, seed=1)
-    sampling = SamplingParams(max_new_tokens=480)
+    generate(engine, prompts, SamplingParams(max_new_tokens=2))
 
     async def generate_all() -> list[ModelResponse]:
+        sampling = SamplingParams(max_new_tokens=480)
         requests = [ModelRequest(token_ids=prompt, sampling=sampling) for prompt in prompts]
         return list(await asyncio.gather(*map(engine.agenerate, requests)))
 
+    sampled = tokens_sampled(vllm_address)
     running = background.submit(generate_all())
-    while not running.done():
-        version = len(weights)
-        weights[version] = perturbed(checkpoint(tiny_model), seed=10 + version)
+    for version in (1, 2, 3):
+        while tokens_sampled(vllm_address) < sampled + version * 16 * 20:
+            time.sleep(0.01)
         push(engine, weights[version], version)
     responses = running.result(120)
 
     for response in responses:
         assert len(response.versions) == len(response.token_ids)
         assert response.versions == sorted(response.versions)
-    seen = {version for response in responses for version in response.versions}
-    assert len(seen) >= 4, "fewer than three pushes met running requests"
+    assert {version for response in responses for version in response.versions} == {0, 1, 2, 3}
     assert gap(Reference(tiny_model), weights, prompts, responses, 1.0) <= LIMIT
+
+
+def tokens_sampled(address: str) -> float:
+    """The server's own count of all tokens it has sampled."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=10) as reply:
+        lines = reply.read().decode().splitlines()
+    counts = [line for line in lines if line.startswith("vllm:generation_tokens_total{")]
+    return sum(float(line.rpartition(" ")[2]) for line in counts)
 
 
 def test_a_prompt_served_before_an_update_is_served_with_the_new_weights_after_it(
