@@ -77,7 +77,7 @@ def test_the_test_split_is_the_same_on_every_machine_and_in_every_release():
         "again. How many cards does Sam have now?"
     )
     assert rows[0]["answer"] == "<<2+3=5>>5\n<<5+4=9>>9\n<<9*2=18>>18\n#### 18"
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "1cce1b04d20ce517"
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == "3999fba1baf9e261"
 
 
 def test_the_embedded_tokenizer_gives_every_text_back_as_it_was(problems: list[Row]):

@@ -1,6 +1,7 @@
 """What server and trainer say about the same tokens, computed by plain transformers."""
 
 import asyncio
+import random
 
 import torch
 from safetensors.torch import load_file
@@ -82,3 +83,24 @@ def gap(
             measured = torch.tensor(response.behavior_logprobs)
             gaps.append((expected - measured).abs()[versions == version])
     return float(torch.cat(gaps).mean())
+
+
+LIMIT = 0.005
+"""Greatest mean |server - trainer| log-prob that bf16 rounding explains."""
+
+
+def make_prompts(count: int, *, length: int = 24, seed: int = 0) -> list[list[int]]:
+    numbers = random.Random(seed)
+    return [[numbers.randrange(3, 259) for _ in range(length)] for _ in range(count)]
+
+
+def assert_agrees_after_each_of_three_pushes(engine: VLLMEngine, folder: str) -> None:
+    reference, prompts = Reference(folder), make_prompts(16)
+    for version in range(3):
+        weights = perturbed(checkpoint(folder), seed=version)
+        push(engine, weights, version)
+        for temperature in (1.0, 0.7):
+            sampling = SamplingParams(temperature=temperature, max_new_tokens=32)
+            responses = generate(engine, prompts, sampling)
+            assert {v for response in responses for v in response.versions} == {version}
+            assert gap(reference, {version: weights}, prompts, responses, temperature) <= LIMIT

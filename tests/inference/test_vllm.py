@@ -1,38 +1,34 @@
 """The client against real vLLM servers, one with a tied head and one with its own."""
 
 import asyncio
-import random
 import time
 import urllib.request
 
 import pytest
 
 from arealite import background
+from arealite.data import load_tokenizer
 from arealite.errors import PromptTooLongError, ServerError
 from arealite.inference.vllm import VLLMEngine
+from arealite.rewards.math import gsm8k_reward
+from arealite.rollout.workflows import ChatWorkflow
 from arealite.types import ModelRequest, ModelResponse, SamplingParams
-from tests.inference.parity import Reference, checkpoint, gap, generate, perturbed, push
-
-LIMIT = 0.005
-"""Greatest mean |server - trainer| log-prob that bf16 rounding explains."""
-
-
-def make_prompts(count: int, *, length: int = 24, seed: int = 0) -> list[list[int]]:
-    numbers = random.Random(seed)
-    return [[numbers.randrange(3, 259) for _ in range(length)] for _ in range(count)]
+from tests.inference.parity import (
+    LIMIT,
+    Reference,
+    assert_agrees_after_each_of_three_pushes,
+    checkpoint,
+    gap,
+    generate,
+    make_prompts,
+    perturbed,
+    push,
+)
+from tests.rollout.agents import CalculatorAgent, TalkativeAgent
 
 
 def test_server_and_trainer_agree_after_each_push(engine: VLLMEngine, tiny_model: str):
-    reference, prompts = Reference(tiny_model), make_prompts(16)
-    for version in range(3):
-        weights = perturbed(checkpoint(tiny_model), seed=version)
-        push(engine, weights, version)
-        for temperature in (1.0, 0.7):
-            sampling = SamplingParams(temperature=temperature, max_new_tokens=32)
-            responses = generate(engine, prompts, sampling)
-            assert {v for response in responses for v in response.versions} == {version}
-            measured = gap(reference, {version: weights}, prompts, responses, temperature)
-            assert measured <= LIMIT
+    assert_agrees_after_each_of_three_pushes(engine, tiny_model)
 
 
 def test_every_token_names_its_weights_when_pushes_come_in_mid_generation(
@@ -108,3 +104,41 @@ def test_a_response_cut_by_the_context_says_so(engine: VLLMEngine, tiny_model: s
 def test_an_address_where_nobody_answers_is_named_with_what_to_do():
     with pytest.raises(ServerError, match=r"No vLLM server answered at http://127.0.0.1:9 .*serve"):
         VLLMEngine(["http://127.0.0.1:9"])
+
+
+class Recorder:
+    """An engine that remembers what it asked the server and what came back."""
+
+    def __init__(self, engine: VLLMEngine) -> None:
+        self._engine = engine
+        self.exchanges: list[tuple[ModelRequest, ModelResponse]] = []
+
+    async def agenerate(self, request: ModelRequest) -> ModelResponse:
+        response = await self._engine.agenerate(request)
+        self.exchanges.append((request, response))
+        return response
+
+
+@pytest.mark.parametrize("agent_class", [CalculatorAgent, TalkativeAgent])
+def test_an_agents_trajectories_are_token_for_token_what_the_server_saw(
+    engine: VLLMEngine, tiny_model: str, agent_class: type[ChatWorkflow]
+):
+    push(engine, checkpoint(tiny_model), 7)
+    recorder = Recorder(engine)
+    sampling = SamplingParams(max_new_tokens=24)
+    agent = agent_class(load_tokenizer(tiny_model), gsm8k_reward, sampling, group_size=1)
+    row = {"question": "What is half of 48?", "answer": "#### 24"}
+    for _ in range(4):
+        recorder.exchanges.clear()
+        episode = agent.arun_episode(recorder, row)  # type: ignore[arg-type]
+        group = background.run(episode, timeout_s=120, what="an episode")
+        assert group is not None
+        [trajectory] = group
+        expected = [False] * len(trajectory.token_ids)
+        for request, response in recorder.exchanges:
+            start, end = len(request.token_ids), len(request.token_ids + response.token_ids)
+            assert trajectory.token_ids[:end] == request.token_ids + response.token_ids
+            assert trajectory.behavior_logprobs[start:end] == response.behavior_logprobs
+            assert trajectory.versions[start:end] == response.versions == [7] * (end - start)
+            expected[start:end] = [True] * (end - start)
+        assert trajectory.loss_mask == expected

@@ -32,7 +32,7 @@ def test_loss_counts_the_answer_and_the_end_token_and_no_padding():
 
 
 def test_seven_problems_in_ten_are_answered_at_once_and_none_is_held_out():
-    rows = training_rows(Config(steps=50))
+    rows = training_rows(Config(steps=50, num_worked_steps=0))
     direct = [row for row in rows if row["answer"].startswith("#### ")]
     assert len(rows) == 50 * 64
     assert 0.67 < len(direct) / len(rows) < 0.73
@@ -40,9 +40,17 @@ def test_seven_problems_in_ten_are_answered_at_once_and_none_is_held_out():
     assert not held_out & {row["question"] for row in rows}
 
 
+def test_every_answer_of_the_first_steps_is_worked_out():
+    rows = training_rows(Config(steps=50, num_worked_steps=20))
+    is_worked = [row["answer"].startswith("<<") for row in rows]
+    assert all(is_worked[: 20 * 64])
+    assert not all(is_worked[20 * 64 :])
+
+
 def test_a_short_run_learns_both_ways_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "model"
-    figures = main(parse(Config, ["steps=100", "eval_samples=1", f"out_dir={out}"]))
+    settings = ["steps=100", "num_worked_steps=0", "eval_samples=1", f"out_dir={out}"]
+    figures = main(parse(Config, settings))
     # Guessing each token by its frequency costs more than 2 nats.
     assert figures["loss"] < 1.0
     assert 0.15 < figures["share_worked"] < 0.45
@@ -72,4 +80,4 @@ def assert_leaves_a_strategy_to_learn(figures: dict[str, float]) -> None:
     assert 0.45 <= figures["greedy_accuracy"] <= 0.60
     assert 0.40 <= figures["sampled_accuracy"] <= 0.65
     assert 0.2 <= figures["share_worked"] <= 0.4
-    assert figures["accuracy_worked"] >= 0.95
+    assert figures["accuracy_worked"] >= 0.85 > 0.5 > figures["accuracy_direct"]

@@ -1,4 +1,4 @@
-"""The agent that README shows."""
+"""The agent that README shows, and one that talks for longer."""
 
 import re
 
@@ -21,4 +21,16 @@ class CalculatorAgent(ChatWorkflow):
             if call is None:
                 break
             chat.add_message("user", f"<result>{calculate(call[1])}</result>")
+        return await chat.finish(self.reward, row)
+
+
+class TalkativeAgent(ChatWorkflow):
+    """Three turns, whatever the model says."""
+
+    async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
+        chat = self.start(row["question"])
+        chat.add_response(await engine.agenerate(chat.request(self.sampling)))
+        for turn in range(2):
+            chat.add_message("user", f"Are you sure? {turn}")
+            chat.add_response(await engine.agenerate(chat.request(self.sampling)))
         return await chat.finish(self.reward, row)
