@@ -10,7 +10,7 @@ PYTHON ?= python3
 ARGS ?=
 BIN := .venv/bin
 NOTEBOOKS = $(wildcard notebooks/*.ipynb)
-DEMO = $(BIN)/torchrun recipes/gsm8k_grpo.py
+DEMO = $(BIN)/torchrun recipes/gsm8k_grpo.py out_dir=runs/demo
 
 # A tokenizer that has started threads warns at every later fork.
 export TOKENIZERS_PARALLELISM ?= false
@@ -33,7 +33,9 @@ help:
 setup:
 	@$(PYTHON) .ci/setup.py
 
+# From the beginning each time; a run of your own continues where it stopped.
 demo: setup
+	rm -rf runs/demo
 	$(DEMO) $(ARGS)
 
 # $(call stage,headline,command): the first stage that fails ends the target.

@@ -90,6 +90,11 @@ class RolloutExecutor:
         seed: int = 0,
         start: Cursor | None = None,
     ) -> None:
+        if engine.version < 0:
+            raise ConfigError(
+                "The servers have no weight version yet. Call push_weights once before the first "
+                "rollout, so that every token can name its weights."
+            )
         ranks = dist.world_size()
         self._engine = engine
         self._workflow = workflow

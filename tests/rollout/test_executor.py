@@ -203,3 +203,10 @@ def test_a_batch_that_does_not_divide_by_the_ranks_names_the_nearest_that_do(
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"prompts_per_step=16 .* 3 ranks .* Set it to 15 or 18"):
         executor(answer, prompts_per_step=16)
+
+
+def test_rollouts_before_the_first_push_are_refused():
+    engine = ScriptedEngine(replies=[])
+    engine.version = -1
+    with pytest.raises(ConfigError, match="push_weights once before the first rollout"):
+        RolloutExecutor(engine, Workflow(answer), ROWS, RolloutConfig(prompts_per_step=2))
