@@ -24,6 +24,13 @@ from arealite.inference.supervisor import end_processes
 from arealite.inference.transport import region_prefix
 from arealite.inference.vllm_plugin import BACKEND
 
+SMALL_MACHINE_CORES = 4
+"""Up to so many cores a CPU server gets one thread, which the system may move.
+
+With a thread pinned to every core, each of vLLM's parallel regions waits for the core that its
+own engine process, or the trainer, is using.
+"""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
@@ -278,6 +285,8 @@ def _on_cpu(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
     }
     if cfg.cpu_cores:
         environment["VLLM_CPU_OMP_THREADS_BIND"] = cfg.cpu_cores
+    elif (os.cpu_count() or 1) <= SMALL_MACHINE_CORES:
+        environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     # Compiled mode keeps the old packed weights after an update on CPU.
     return ["--enforce-eager"], [environment] * cfg.num_cpu_servers
 

@@ -22,6 +22,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def _start_all(spec: Spec, scratch: Path, servers: list[Server]) -> None:
         servers.append(_start(spec, index, scratch))
         _emit({"event": "started", "pid": servers[-1].process.pid})
     for server in servers:
-        while not _generates(server):
+        while not _is_ready(server):
             _check_alive(server)
             if time.monotonic() > deadline:
                 raise ServerError(
@@ -159,12 +160,21 @@ def _check_alive(server: Server) -> None:
         raise ServerError(f"The vLLM server {how}. Its log {server.log} ends:\n{server.log_tail()}")
 
 
-def _generates(server: Server) -> bool:
+def _is_ready(server: Server) -> bool:
     """Whether the server samples tokens: `/health` is fine long before, and long after, it can.
 
-    Eight tokens, because a first prompt of one token has been seen to kill a CPU worker.
+    Several requests at once, with log-probs: what vLLM compiles for them on first use takes
+    seconds, in which no other request, nor a pause, is heard.
     """
-    body = {"token_ids": [1] * 8, "sampling_params": {"max_tokens": 2}}
+    if not _generates(server):
+        return False
+    with ThreadPoolExecutor(4) as pool:
+        return all(pool.map(_generates, [server] * 4))
+
+
+def _generates(server: Server) -> bool:
+    # Eight tokens, because a first prompt of one token has been seen to kill a CPU worker.
+    body = {"token_ids": [1] * 8, "sampling_params": {"max_tokens": 4, "logprobs": 0}}
     request = urllib.request.Request(
         server.address + "/inference/v1/generate",
         data=json.dumps(body).encode(),
