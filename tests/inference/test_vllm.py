@@ -16,6 +16,7 @@ from arealite.types import ModelRequest, ModelResponse, SamplingParams
 from tests.inference.parity import (
     LIMIT,
     Reference,
+    Weights,
     assert_agrees_after_each_of_three_pushes,
     checkpoint,
     gap,
@@ -35,28 +36,38 @@ def test_every_token_names_its_weights_when_pushes_come_in_mid_generation(
     engine: VLLMEngine, vllm_address: str, tiny_model: str
 ):
     weights = {v: perturbed(checkpoint(tiny_model), seed=10 + v) for v in range(4)}
-    push(engine, weights[0], 0)
-    prompts = make_prompts(16, seed=1)
-    generate(engine, prompts, SamplingParams(max_new_tokens=2))
+    reference, prompts = Reference(tiny_model), make_prompts(16, seed=1)
+    seen: set[int] = set()
+    for _ in range(5):  # a busy machine may hear a pause only when the generation is over
+        push(engine, weights[0], 0)
+        responses = generate_through_pushes(engine, vllm_address, prompts, weights)
+        for response in responses:
+            assert len(response.versions) == len(response.token_ids)
+            assert response.versions == sorted(response.versions)
+        assert gap(reference, weights, prompts, responses, 1.0) <= LIMIT
+        seen = {version for response in responses for version in response.versions}
+        if seen == {0, 1, 2, 3}:
+            return
+    raise AssertionError(f"three pushes in mid-generation, but only the versions {seen}")
+
+
+def generate_through_pushes(
+    engine: VLLMEngine, address: str, prompts: list[list[int]], weights: dict[int, Weights]
+) -> list[ModelResponse]:
+    """Long responses, while versions 1, 2, ... arrive after every 320 tokens."""
 
     async def generate_all() -> list[ModelResponse]:
         sampling = SamplingParams(max_new_tokens=480)
         requests = [ModelRequest(token_ids=prompt, sampling=sampling) for prompt in prompts]
         return list(await asyncio.gather(*map(engine.agenerate, requests)))
 
-    sampled = tokens_sampled(vllm_address)
+    before = tokens_sampled(address)
     running = background.submit(generate_all())
-    for version in (1, 2, 3):
-        while tokens_sampled(vllm_address) < sampled + version * 16 * 20:
+    for version in sorted(weights)[1:]:
+        while tokens_sampled(address) < before + version * 320 and not running.done():
             time.sleep(0.01)
         push(engine, weights[version], version)
-    responses = running.result(120)
-
-    for response in responses:
-        assert len(response.versions) == len(response.token_ids)
-        assert response.versions == sorted(response.versions)
-    assert {version for response in responses for version in response.versions} == {0, 1, 2, 3}
-    assert gap(Reference(tiny_model), weights, prompts, responses, 1.0) <= LIMIT
+    return running.result(120)
 
 
 def tokens_sampled(address: str) -> float:
