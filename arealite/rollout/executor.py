@@ -15,7 +15,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from types import TracebackType
+from typing import Self
 
 from arealite import background, dist
 from arealite.api import InferenceEngine, RolloutWorkflow
@@ -165,15 +165,10 @@ class RolloutExecutor:
                 "Await what takes time, or run it in asyncio.to_thread."
             ) from error
 
-    def __enter__(self) -> "RolloutExecutor":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     async def _run(self) -> None:
