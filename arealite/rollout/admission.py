@@ -54,21 +54,6 @@ class Admission(Generic[Group]):
         self._running: dict[int, int] = {}  # slot -> place
         self._done: dict[int, tuple[int, Group]] = {}  # slot -> place and group
 
-    @property
-    def num_running(self) -> int:
-        """Episodes that have started and not ended."""
-        return len(self._running)
-
-    @property
-    def num_ready(self) -> int:
-        """Groups that wait to be trained on."""
-        return len(self._done)
-
-    @property
-    def step(self) -> int:
-        """The training step whose batch `take` gives next."""
-        return self._step
-
     def start(self, version: int) -> Ticket | None:
         """The next episode that may start under weights `version`, if any may."""
         if len(self._running) >= self._max_running:
