@@ -6,8 +6,7 @@ ranks ends within `TIMEOUT`.
 
 import os
 import random
-import sys
-import threading
+import socket
 from collections.abc import Sequence
 from datetime import timedelta
 from typing import TypeVar
@@ -15,6 +14,9 @@ from typing import TypeVar
 import torch
 import torch.distributed as torch_dist
 from torch._C._distributed_c10d import HashStore
+
+from arealite.errors import RankError
+from arealite.lifeline import end_with
 
 Item = TypeVar("Item")
 
@@ -28,7 +30,7 @@ def init(*, seed: int = 0) -> None:
     """
     if not torch_dist.is_initialized():
         if "TORCHELASTIC_RUN_ID" in os.environ:
-            _end_with_parent()
+            _end_with_agent()
         if torch.cuda.is_available():
             torch.cuda.set_device(local_rank())
         backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
@@ -109,18 +111,13 @@ def barrier() -> None:
         torch_dist.barrier()
 
 
-def _end_with_parent() -> None:
+def _end_with_agent() -> None:
     """End this rank when the torchrun agent is gone: a killed agent leaves its ranks running."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        descriptor = os.pidfd_open(parent)
-        if os.getppid() == parent:
-            import select
-
-            select.select([descriptor], [], [])
-        print(f"[rank {rank()}] torchrun is gone, so this rank ends too.", file=sys.stderr)
-        os._exit(1)
-
-    if hasattr(os, "pidfd_open"):
-        threading.Thread(target=watch, name="torchrun-watch", daemon=True).start()
+    reason = f"[rank {rank()}] torchrun is gone, so this rank ends too."
+    end_with(os.getppid(), reason)
+    # An agent that was gone by then is no parent any more; but it kept the store of its ranks.
+    store = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]))
+    try:
+        socket.create_connection(store, timeout=30).close()
+    except OSError as error:
+        raise RankError(f"{reason} Nobody answers at {store[0]}:{store[1]} ({error}).") from None

@@ -41,5 +41,9 @@ class DeadlineError(ArealiteError, TimeoutError):
     """A wait took longer than its limit; the message says who waited for what."""
 
 
+class RankError(ArealiteError, RuntimeError):
+    """The processes of a run cannot find each other."""
+
+
 class CheckpointError(ArealiteError, RuntimeError):
     """A checkpoint could not be written, or is not complete and intact."""

@@ -4,11 +4,9 @@ It registers the weight-transfer backend, and it ends the process when the super
 killed API server would otherwise leave its engine and workers running.
 """
 
-import contextlib
 import os
-import select
-import signal
-import threading
+
+from arealite.lifeline import end_with
 
 BACKEND = "arealite"
 LIFELINE = "AREALITE_SUPERVISOR_PID"
@@ -24,22 +22,10 @@ def register() -> None:
         return
     _registered = True
     if LIFELINE in os.environ:
-        _end_with(int(os.environ[LIFELINE]))
+        end_with(int(os.environ[LIFELINE]), "The supervisor is gone, so this server ends too.")
 
     from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
     WeightTransferEngineFactory.register_engine(
         BACKEND, "arealite.inference.vllm_worker", "WeightReceiver"
     )
-
-
-def _end_with(pid: int) -> None:
-    """Kill this process as soon as process `pid` has ended."""
-
-    def watch() -> None:
-        with contextlib.suppress(ProcessLookupError):
-            select.select([os.pidfd_open(pid)], [], [])
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    if hasattr(os, "pidfd_open"):
-        threading.Thread(target=watch, name="arealite-lifeline", daemon=True).start()

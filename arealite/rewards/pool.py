@@ -139,6 +139,7 @@ class RewardPool:
             if self.is_closed:
                 raise RewardError(f"Reward {call.name} was asked of a RewardPool that is closed.")
             self._num_unfinished += 1
+            call.outcome.add_done_callback(self._count_down)
             self._queue.put(call)
             if len(self._threads) < min(self.num_workers, self._num_unfinished):
                 # The thread that starts a worker has to outlive it: PR_SET_PDEATHSIG kills a
@@ -146,6 +147,11 @@ class RewardPool:
                 thread = threading.Thread(target=self._serve, name="reward-worker", daemon=True)
                 self._threads.append(thread)
                 thread.start()
+
+    def _count_down(self, _: object) -> None:
+        # The first callback of an outcome, so that whoever awaits it finds the count right.
+        with self._lock:
+            self._num_unfinished -= 1
 
     def _abandon(self, call: Call) -> None:
         """Stop a call that nobody awaits any more; it may well be over."""
@@ -167,8 +173,6 @@ class RewardPool:
                     call.outcome.set_result(self._run(worker, call))
                 except BaseException as error:
                     call.outcome.set_exception(error)
-            with self._lock:
-                self._num_unfinished -= 1
             del call  # a large row should not live on while this thread waits
         worker.end()
 

@@ -5,7 +5,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import psutil
@@ -24,7 +24,7 @@ SETTINGS = [f"steps={STEPS}", f"save_every_steps={SAVE_EVERY}", "eval_every_step
 class Run:
     """The recipe under torchrun, and every process that belongs to it."""
 
-    def __init__(self, out_dir: Path) -> None:
+    def __init__(self, out_dir: Path, settings: Sequence[str]) -> None:
         self.out_dir = out_dir
         self.family = dict[int, psutil.Process]()
         self.ports = set[int]()
@@ -32,7 +32,7 @@ class Run:
         self.log = out_dir.with_suffix(".log")
         with open(self.log, "ab") as log:
             self.agent = psutil.Popen(
-                [*TORCHRUN, "recipes/gsm8k_grpo.py", f"out_dir={out_dir}", *SETTINGS],
+                [*TORCHRUN, "recipes/gsm8k_grpo.py", f"out_dir={out_dir}", *settings],
                 cwd=REPOSITORY,
                 stdout=log,
                 stderr=log,
@@ -108,11 +108,11 @@ class Run:
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[], Run]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
     runs: list[Run] = []
 
-    def start_one() -> Run:
-        runs.append(Run(tmp_path / "run"))
+    def start_one(*settings: str) -> Run:
+        runs.append(Run(tmp_path / "run", settings or SETTINGS))
         return runs[-1]
 
     yield start_one
@@ -135,7 +135,7 @@ VICTIMS: dict[str, tuple[str, signal.Signals]] = {
 
 @pytest.mark.parametrize("moment", MOMENTS)
 @pytest.mark.parametrize("victim", VICTIMS)
-def test_nothing_is_left_and_the_run_continues(start: Callable[[], Run], victim: str, moment: str):
+def test_nothing_is_left_and_the_run_continues(start: Callable[..., Run], victim: str, moment: str):
     run = start()
     run.wait_until(lambda: MOMENTS[moment](run))
     command, number = VICTIMS[victim]
@@ -152,16 +152,40 @@ def test_nothing_is_left_and_the_run_continues(start: Callable[[], Run], victim:
     assert_every_row_is_used_once(run.out_dir)
 
 
+def test_an_agent_killed_while_its_ranks_start_leaves_none(start: Callable[..., Run]):
+    run = start()
+    run.wait_until(lambda: any(p.pid != run.agent.pid for p in run.family.values()))
+    run.agent.kill()
+    run.assert_gone()
+
+
+def test_a_run_killed_twice_ends_with_the_accuracy_of_one_that_was_not(start: Callable[..., Run]):
+    steps = ["steps=80", "eval_every_steps=40", "save_every_steps=10"]
+    for victim, moment in [("recipe", 25), ("supervisor", 45)]:
+        run = start(*steps)
+        run.wait_until(lambda: run.steps_done() >= moment)
+        command, number = VICTIMS[victim]
+        run.find(command).send_signal(number)
+        run.assert_gone()
+    last = start(*steps)
+    assert last.agent.wait(400) == 0, last.log.read_text()[-3000:]
+    figures = json.loads(last.log.read_text().splitlines()[-1])
+    assert figures["accuracy_before"] <= 0.60
+    assert figures["accuracy_after"] >= 0.90
+    assert checkpointed_version(last.out_dir) == 80
+    assert_every_row_is_used_once(last.out_dir, steps=80)
+
+
 def checkpointed_version(out_dir: Path) -> int:
     latest = out_dir / "checkpoints" / "latest"
     return int(latest.read_text().split()[0].removeprefix("version-")) if latest.exists() else 0
 
 
-def assert_every_row_is_used_once(out_dir: Path) -> None:
+def assert_every_row_is_used_once(out_dir: Path, steps: int = STEPS) -> None:
     """16 rows a step in the order of the run, each in exactly one step."""
     used: dict[int, set[int]] = {}
     for line in read_rollouts(out_dir):
         used.setdefault(line["version"], set()).add(line["row_index"])
-    assert sorted(used) == list(range(1, STEPS + 1))
-    assert [len(rows) for rows in used.values()] == [16] * STEPS
-    assert len(set().union(*used.values())) == 16 * STEPS
+    assert sorted(used) == list(range(1, steps + 1))
+    assert [len(rows) for rows in used.values()] == [16] * steps
+    assert len(set().union(*used.values())) == 16 * steps
