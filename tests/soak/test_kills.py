@@ -138,8 +138,7 @@ VICTIMS: dict[str, tuple[str, signal.Signals]] = {
 def test_nothing_is_left_and_the_run_continues(start: Callable[..., Run], victim: str, moment: str):
     run = start()
     run.wait_until(lambda: MOMENTS[moment](run))
-    command, number = VICTIMS[victim]
-    run.find(command).send_signal(number)
+    strike(victim, run)
     run.assert_gone()
     assert run.agent.wait(10) != 0
 
@@ -161,11 +160,9 @@ def test_an_agent_killed_while_its_ranks_start_leaves_none(start: Callable[..., 
 
 def test_a_run_killed_twice_ends_with_the_accuracy_of_one_that_was_not(start: Callable[..., Run]):
     steps = ["steps=80", "eval_every_steps=40", "save_every_steps=10"]
-    for victim, moment in [("recipe", 25), ("supervisor", 45)]:
+    for victim, step in [("recipe", 25), ("supervisor", 45)]:
         run = start(*steps)
-        run.wait_until(lambda: run.steps_done() >= moment)
-        command, number = VICTIMS[victim]
-        run.find(command).send_signal(number)
+        strike_at_step(step, victim, run)
         run.assert_gone()
     last = start(*steps)
     assert last.agent.wait(400) == 0, last.log.read_text()[-3000:]
@@ -174,6 +171,16 @@ def test_a_run_killed_twice_ends_with_the_accuracy_of_one_that_was_not(start: Ca
     assert figures["accuracy_after"] >= 0.90
     assert checkpointed_version(last.out_dir) == 80
     assert_every_row_is_used_once(last.out_dir, steps=80)
+
+
+def strike_at_step(step: int, victim: str, run: Run) -> None:
+    run.wait_until(lambda: run.steps_done() >= step)
+    strike(victim, run)
+
+
+def strike(victim: str, run: Run) -> None:
+    command, number = VICTIMS[victim]
+    run.find(command).send_signal(number)
 
 
 def checkpointed_version(out_dir: Path) -> int:
