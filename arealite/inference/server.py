@@ -21,7 +21,7 @@ from arealite.data import resolve_model
 from arealite.errors import ConfigError, ServerError
 from arealite.inference.supervisor import end_processes
 from arealite.inference.transport import region_prefix
-from arealite.inference.vllm_plugin import BACKEND
+from arealite.inference.vllm_plugin import BACKEND, SLEEP
 
 SMALL_MACHINE_CORES = 4
 """Up to so many cores a CPU server gets one thread, which the system may move.
@@ -273,7 +273,8 @@ def _on_cpu(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
     """Arguments of every server, and the environment of each."""
     environment = {
         "VLLM_CPU_KVCACHE_SPACE": str(cfg.cpu_cache_gib),
-        # Threads that wait must sleep: by default they spin, on cores that the trainer needs.
+        # Threads and processes that wait must sleep: else they spin on cores the trainer needs.
+        SLEEP: "1",
         "OMP_WAIT_POLICY": "PASSIVE",
         "KMP_BLOCKTIME": "0",
     }
