@@ -70,7 +70,7 @@ class Config:
     sampling: SamplingParams = SamplingParams(temperature=1.0, max_new_tokens=64)
     server: ServerConfig = ServerConfig()
     rollout: RolloutConfig = RolloutConfig(prompts_per_step=16, max_staleness=2)
-    train: FSDPConfig = FSDPConfig(lr=1e-4, warmup_steps=10, micro_batch_tokens=8_192)
+    train: FSDPConfig = FSDPConfig(lr=5e-5, warmup_steps=10, micro_batch_tokens=8_192)
 
     def __post_init__(self) -> None:
         check_at_least(self, steps=0, group_size=2, minibatches=1, clip_low=0, clip_high=0)
