@@ -35,7 +35,7 @@ setup:
 
 # From the beginning each time; a run of your own continues where it stopped.
 demo: setup
-	rm -rf runs/demo
+	@if [ -e runs/demo ]; then rm -rf runs/demo.previous; mv -v runs/demo runs/demo.previous; fi
 	$(DEMO) $(ARGS)
 
 # $(call stage,headline,command): the first stage that fails ends the target.

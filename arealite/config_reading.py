@@ -29,6 +29,8 @@ _NULLS = ("", "~", "null", "Null", "NULL")
 _TAG = "tag:yaml.org,2002:"
 _PLAIN_TAGS = ("null", "bool", "int", "float", "str", "seq", "map", "merge", "timestamp", "value")
 
+_MIN_LIKENESS = 0.5  # below it, a suggestion only confuses
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Setting:
@@ -75,7 +77,7 @@ def read_arguments(argv: Sequence[str], schema: Schema) -> Arguments:
         elif name == "--config":
             arguments.files.append(value if has_value else next(words, ""))
         elif name.startswith("-"):
-            key = _nearest(name.lstrip("-"), schema)
+            key = _nearest(name.lstrip("-"), schema) or "key"
             line = f"{_cut(word)} is not an option. Write keys without dashes: {key}=value."
             arguments.found.append(Problem(line=line))
         elif not has_value or not name:
@@ -179,7 +181,9 @@ def _flatten(node: yaml.Node, key: str, file: str, schema: Schema) -> Iterator[F
         except ValueError as error:
             complaint = str(error)
     elif key not in schema.sections:
-        complaint = f"is not a key. The nearest is {_nearest(key, schema)}; --help lists all."
+        nearest = _nearest(key, schema)
+        hint = f"The nearest is {nearest}; --help lists all." if nearest else "--help lists all."
+        complaint = f"is not a key. {hint}"
     elif key in schema.optional and _is_null(node):
         yield Setting(key=key, value=None, shown=shown, where=where)
     elif not isinstance(node, yaml.MappingNode) or not _is_plain(node):
@@ -240,7 +244,10 @@ def _given_twice(key: str, shown: str, where: str) -> Problem:
 
 
 def _nearest(key: str, schema: Schema) -> str:
-    """The valid key most like `key`, which may also lack its section or have a wrong one."""
+    """The valid key most like `key`, which may also lack its section or have a wrong one.
+
+    Empty if none is much like it.
+    """
     last = _cut(key.rpartition(".")[2])
 
     def likeness(candidate: str) -> float:
@@ -248,7 +255,9 @@ def _nearest(key: str, schema: Schema) -> str:
         end = difflib.SequenceMatcher(None, last, candidate.rpartition(".")[2]).ratio()
         return max(whole, end) + whole / 100
 
-    return max((key for key in (*schema.knobs, *schema.sections) if key), key=likeness, default="")
+    keys = [key for key in (*schema.knobs, *schema.sections) if key]
+    nearest = max(keys, key=likeness, default="")
+    return nearest if nearest and likeness(nearest) >= _MIN_LIKENESS else ""
 
 
 def _where(node: yaml.Node, file: str) -> str:

@@ -193,6 +193,10 @@ def test_an_unknown_key_names_the_nearest_one(argument, nearest):
     assert f"The nearest is {nearest};" in problem
 
 
+def test_an_unknown_key_that_is_like_none_names_none():
+    assert problems("qqq=3") == ["qqq=3 is not a key. --help lists all."]
+
+
 @pytest.mark.parametrize(
     ("argument", "reason"),
     [

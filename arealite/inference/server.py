@@ -123,7 +123,10 @@ class _Supervisor:
     def __init__(self, spec: dict[str, Any], startup_timeout_s: float) -> None:
         began_s = time.monotonic()
         count = len(spec["commands"])
-        print(f"Starting {count} vLLM server(s), about half a minute; log in {spec['log_dir']}")
+        print(
+            f"Starting {count} vLLM server(s): half a minute, more on a busy machine. "
+            f"Log in {spec['log_dir']}"
+        )
         self._closing = False
         self._server_pids: list[int] = []
         self._segments: list[str] = []

@@ -30,7 +30,7 @@ batch that made it. Names, in the order in which a step meets them:
 | time/tokens_per_s | rollout/tokens per time/step_s |
 | eval/reward | mean reward of greedy samples on test rows, from the recipe's `evaluate` |
 | eval/response_length | mean number of sampled tokens in them |
-| time_s | seconds since the run began, waiting included; a resumed run counts on |
+| time_s | seconds since the run began, waiting included, but not the start of a resumed one |
 
 `rollout/...` and `groups/...` are over all ranks. A value that does not exist, as a mean of
 nothing, is nan; in metrics.jsonl it is null.
@@ -165,7 +165,8 @@ class MetricLogger:
         self._steps: Steps = {}
         self._is_writer = dist.rank() == 0
         self._is_resumed = False
-        self._created_s = self._began_s = monotonic()
+        self._began_s = monotonic()
+        self._past_s = 0.0
         self._last_log_s: float | None = None
         names = getattr(cfg, "sinks", ()) if sinks is None else sinks
         self._sinks = Sinks(names, self.out_dir, cfg)
@@ -188,8 +189,7 @@ class MetricLogger:
         if num_removed:
             show(f"{self._lines.path}: removed {num_removed} lines of steps after step {version}.")
         self._steps = read_metrics(self.out_dir)
-        past_s = max((values["time_s"] for values in self._steps.values()), default=0.0)
-        self._began_s = self._created_s - past_s
+        self._past_s = max((values["time_s"] for values in self._steps.values()), default=0.0)
         self._sinks.open(first_version=version + 1)
         self._is_resumed = True
 
@@ -204,6 +204,8 @@ class MetricLogger:
         now_s = monotonic()
         if is_training and version not in self._steps and self._last_log_s is not None:
             values |= _speed(now_s - self._last_log_s, values)
+        if self._last_log_s is None and self._past_s:
+            self._began_s = now_s - self._past_s  # starting the servers again is not counted
         self._last_log_s = now_s
 
         line = {"time_s": now_s - self._began_s, **values}
@@ -246,8 +248,14 @@ class MetricLogger:
     def __enter__(self) -> "MetricLogger":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        last_step = max(self._steps, default=0)
         self.close()
+        if kind is not None and last_step:
+            show(
+                f"Stopped after step {last_step}. The same command continues from the last "
+                f"checkpoint in {self.out_dir}, if there is one."
+            )
 
     def _prepare(self) -> str | None:
         """Make the folder and config.yaml; returns what is wrong."""

@@ -16,6 +16,7 @@ LOGPROB_GAP_LIMIT = 0.005
 """Mean log-prob gap in nats below which server and trainer count as the same policy."""
 
 _MEAN: dict[str, Any] = {"color": "#1f77b4", "linewidth": 1.6}
+_POINTS = _MEAN | {"marker": "o", "markersize": 3.5}
 _MAX: dict[str, Any] = {"color": "#9ab8d6", "linewidth": 1.0}
 _EVAL: dict[str, Any] = {
     "color": "#d62728",
@@ -80,7 +81,7 @@ def _draw_staleness(axes: Axes, steps: Steps) -> None:
 
 def _draw_gap(axes: Axes, steps: Steps) -> None:
     axes.axhline(LOGPROB_GAP_LIMIT, label=f"limit {LOGPROB_GAP_LIMIT}", **_LIMIT)
-    _line(axes, steps, "gate/logprob_gap_mean", "mean over tokens", _MEAN)
+    _line(axes, steps, "gate/logprob_gap_mean", "mean over fresh tokens", _POINTS)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(min(low, 1e-4), max(high, 1e-2))  # whole decades: only those get a label

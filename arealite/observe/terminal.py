@@ -19,7 +19,10 @@ Values = dict[str, float]
 
 ROWS_PER_HEADER = 20
 
-LEGEND = "stale: age of the tokens in weight versions, mean/max.  gap: |server - trainer| log-prob"
+LEGEND = (
+    "stale: age of the tokens in weight versions, mean/max.  "
+    "gap: |server - trainer| log-prob of tokens of age 0, - if there are none"
+)
 
 
 @dataclass(frozen=True, slots=True)

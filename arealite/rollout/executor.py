@@ -23,6 +23,7 @@ from arealite.config import check_at_least
 from arealite.data.order import RowOrder
 from arealite.errors import (
     ConfigError,
+    DataError,
     DeadlineError,
     PromptTooLongError,
     RolloutError,
@@ -126,6 +127,7 @@ class RolloutExecutor:
         Raises:
             RolloutError: too many episodes failed, or all were rejected.
             PromptTooLongError: a row does not fit into the model's context.
+            DataError: a row cannot be read by the model's tokenizer.
             DeadlineError: nothing came within `batch_timeout_s`.
         """
         deadline = time.monotonic() + self._cfg.batch_timeout_s
@@ -223,7 +225,7 @@ class RolloutExecutor:
             self._lost_in_a_row += 1
             self._first_failure = self._first_failure or error
             self._admission.lose(ticket.slot)
-        if isinstance(error, PromptTooLongError | ConfigError):
+        if isinstance(error, PromptTooLongError | ConfigError | DataError):
             self._fail(error)
         elif sum(self._recent_failures) > self._cfg.max_failure_share * FAILURE_WINDOW:
             self._fail(self._too_many_failures())

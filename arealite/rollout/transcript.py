@@ -10,7 +10,7 @@ Nothing the model produced is ever tokenized again.
 
 from transformers import PreTrainedTokenizerBase
 
-from arealite.errors import TrajectoryError
+from arealite.errors import DataError, TrajectoryError
 from arealite.rewards.pool import RewardFn, score
 from arealite.types import ModelRequest, ModelResponse, Row, SamplingParams, Trajectory
 
@@ -29,6 +29,7 @@ class Transcript:
         self._temperature: float | None = None
         text = _render(tokenizer, messages)
         self._token_ids: list[int] = _encode(tokenizer, text)
+        _check_readable(tokenizer, text, self._token_ids)
         self._loss_mask = [False] * len(self._token_ids)
         self._behavior_logprobs = [0.0] * len(self._token_ids)
         self._versions = [-1] * len(self._token_ids)
@@ -128,6 +129,22 @@ def _render(
     return str(
         tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
     )
+
+
+def _check_readable(tokenizer: PreTrainedTokenizerBase, text: str, token_ids: list[int]) -> None:
+    """Raise DataError if more than a quarter of the words is not in the tokens.
+
+    A small vocabulary drops what it has no token for, or makes it unknown, and says nothing.
+    """
+    kept = "".join(str(tokenizer.decode(token_ids)).split()).casefold()
+    words = text.split()
+    dropped = [word for word in words if word.casefold() not in kept]
+    if len(dropped) > len(words) / 4:
+        raise DataError(
+            f"The tokenizer drops {len(dropped)} of the {len(words)} words of a prompt, such as "
+            f"{', '.join(map(repr, dropped[:3]))}: its model cannot read these rows. Set `model` "
+            "to one that can, or `dataset` to rows that it was made for."
+        )
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

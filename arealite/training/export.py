@@ -89,6 +89,8 @@ def save_pretrained(
         save_torch_state_dict(tensors, path)
         model.config.architectures = [type(model).__name__]
         model.config.save_pretrained(path)
+        for file in path.glob("*.safetensors"):
+            shutil.copymode(path / "config.json", file)  # safetensors writes for its owner alone
         if model.generation_config is not None:
             model.generation_config.save_pretrained(path)
         _copy_tokenizer(source, path)

@@ -230,10 +230,23 @@ def test_each_step_of_a_resumed_run_appears_once_and_its_time_goes_on(
         logger.resume(3)
     clock.wait(7)
     logger.log(4, {"rollout/reward": 0.9})
+    clock.wait(3)
+    logger.log(5, {"rollout/reward": 0.9})
     assert "removed 2 lines of steps after step 3" in capsys.readouterr().out
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["version"] for line in lines] == [1, 2, 3, 4]
-    assert read_metrics(tmp_path)[4] == {"time_s": 6.0 + 7.0, "rollout/reward": 0.9}
+    assert [json.loads(line)["version"] for line in lines] == [1, 2, 3, 4, 5]
+    # What passed until the first line was the start of the servers.
+    assert read_metrics(tmp_path)[4] == {"time_s": 6.0, "rollout/reward": 0.9}
+    assert read_metrics(tmp_path)[5]["time_s"] == 6.0 + 3.0
+
+
+def test_a_run_that_is_stopped_says_where_and_how_it_goes_on(
+    tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
+):
+    with pytest.raises(KeyboardInterrupt), MetricLogger(tmp_path, Config()) as logger:
+        logger.log(1, {"rollout/reward": 0.5, "train/loss": 0.0})
+        raise KeyboardInterrupt
+    assert "Stopped after step 1. The same command continues" in capsys.readouterr().out
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -8,6 +8,7 @@ import pytest
 
 from arealite.errors import (
     ConfigError,
+    DataError,
     DeadlineError,
     PromptTooLongError,
     RolloutError,
@@ -128,11 +129,12 @@ def test_a_workflow_that_rejects_everything_ends_in_a_diagnosis():
         rollouts.next_batch()
 
 
-def test_a_prompt_that_is_too_long_stops_the_run_at_once():
-    async def too_long(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
-        raise PromptTooLongError("900 tokens leave no room")
+@pytest.mark.parametrize("kind", [PromptTooLongError, DataError])
+def test_a_row_that_no_setting_of_the_run_can_use_stops_it_at_once(kind: type[Exception]):
+    async def unusable(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        raise kind("900 tokens leave no room")
 
-    with executor(too_long) as rollouts, pytest.raises(PromptTooLongError, match="900 tokens"):
+    with executor(unusable) as rollouts, pytest.raises(kind, match="900 tokens"):
         rollouts.next_batch()
 
 

@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arealite.errors import TrajectoryError
+from arealite.data import GSM8K_MINI, TINY_MATH, load_rows, load_tokenizer
+from arealite.errors import DataError, TrajectoryError
 from arealite.rollout.transcript import Transcript
 from arealite.testing import byte_tokenizer
 from arealite.types import ModelResponse, SamplingParams, Trajectory
@@ -78,6 +79,19 @@ def test_the_reward_sees_the_last_response_without_special_tokens():
     chat = conversation("2+2?", "4", "sure?", "yes")
     assert asyncio.run(chat.finish(reward, {"answer": "4"})).reward == 1.0
     assert seen == [("yes", {"answer": "4"})]
+
+
+def test_rows_that_the_tokenizer_cannot_read_are_refused():
+    tokenizer = load_tokenizer(TINY_MATH)
+    question = "Natalia sold clips to 48 of her friends in April. How many did she sell?"
+    with pytest.raises(DataError, match=r"drops \d+ of the \d+ words .*'sold', 'clips'"):
+        Transcript(tokenizer, [{"role": "user", "content": question}])
+
+
+def test_rows_that_the_tokenizer_was_made_for_are_read():
+    tokenizer = load_tokenizer(TINY_MATH)
+    for row in load_rows(GSM8K_MINI, split="test"):
+        Transcript(tokenizer, [{"role": "user", "content": row["question"]}])
 
 
 def test_two_temperatures_in_one_conversation_are_refused():
