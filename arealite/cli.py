@@ -21,13 +21,13 @@ class ServeConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Start servers, print their addresses, and run until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="arealite", description=__doc__)
-    parser.add_argument("command", choices=["serve"])
-    parser.add_argument("--model", default=ServeConfig.model, help="Hugging Face id or folder")
-    parser.add_argument("settings", nargs="*", help="such as server.gpus=0,1; see ServerConfig")
-    arguments = parser.parse_args(argv)
+    parser = argparse.ArgumentParser(prog="arealite")
+    commands = parser.add_subparsers(required=True)
+    command = commands.add_parser("serve", add_help=False)  # its --help lists the settings
+    command.add_argument("--model", default=ServeConfig.model)
+    arguments, settings = parser.parse_known_args(argv)
     install_excepthook()
-    cfg = parse(ServeConfig, [f"model={arguments.model}", *arguments.settings])
+    cfg = parse(ServeConfig, [f"model={arguments.model}", *settings])
     with serve(cfg.model, cfg.server) as servers:
         print(f"server.addresses=[{','.join(servers.addresses)}]", flush=True)
         try:
