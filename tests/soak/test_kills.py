@@ -105,6 +105,7 @@ class Run:
         for process in self.family.values():
             if process.is_running():
                 process.kill()
+        self.agent.wait(10)
 
 
 @pytest.fixture
