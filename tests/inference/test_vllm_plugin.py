@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 from arealite.inference.vllm_plugin import SLEEP
 
 WAIT_FOR_A_MESSAGE = """
@@ -30,17 +28,15 @@ except TimeoutError:
 """
 
 
-@pytest.mark.parametrize("sleeps", [True, False])
-def test_waiting_for_another_process_takes_no_core_where_waiting_sleeps(sleeps: bool):
-    environment = {name: value for name, value in os.environ.items() if name != SLEEP}
+def test_waiting_for_another_process_takes_no_core_where_waiting_sleeps():
     done = subprocess.run(
         [sys.executable, "-c", WAIT_FOR_A_MESSAGE],
-        env=environment | ({SLEEP: "1"} if sleeps else {}),
+        env=os.environ | {SLEEP: "1"},
         capture_output=True,
         text=True,
         check=False,
         timeout=120,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    share = float(done.stdout.rpartition("share of a core:")[2])
-    assert share < 0.3 if sleeps else share > 0.3
+    # A whole core where it spins, which is what vLLM does by default.
+    assert float(done.stdout.rpartition("share of a core:")[2]) < 0.3
