@@ -159,7 +159,7 @@ class RunLock:
     """
 
     def __init__(self, out_dir: str | Path) -> None:
-        self.path = Path(out_dir) / "lock"
+        self.path = Path(out_dir) / ".lock"
         self._descriptor: int | None = None
 
     def __enter__(self) -> "RunLock":

@@ -182,8 +182,8 @@ def _flatten(node: yaml.Node, key: str, file: str, schema: Schema) -> Iterator[F
             complaint = str(error)
     elif key not in schema.sections:
         nearest = _nearest(key, schema)
-        hint = f"The nearest is {nearest}; --help lists all." if nearest else "--help lists all."
-        complaint = f"is not a key. {hint}"
+        suggestion = f"The nearest is {nearest}; " if nearest else ""
+        complaint = f"is not a key. {suggestion}--help lists all."
     elif key in schema.optional and _is_null(node):
         yield Setting(key=key, value=None, shown=shown, where=where)
     elif not isinstance(node, yaml.MappingNode) or not _is_plain(node):

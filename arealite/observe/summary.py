@@ -85,9 +85,7 @@ def format_summary(summary: dict[str, float], out_dir: Path) -> list[str]:
         "worst staleness in versions": _text(summary, "staleness_max", "{:.0f}"),
         "|server - trainer| log-prob": _text(summary, "logprob_gap_mean", "{:.5f}"),
         "skipped optimizer steps": _text(summary, "skipped", "{:.0f}"),
-        "files": ", ".join(
-            sorted(path.name for path in out_dir.glob("[!.]*") if path.name != "lock")
-        ),
+        "files": ", ".join(sorted(path.name for path in out_dir.glob("[!.]*"))),
         "in": str(out_dir.resolve()),
     }
     return ["", *(f"{label:>28}  {text}" for label, text in rows.items() if text)]
