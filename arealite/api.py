@@ -29,8 +29,13 @@ class InferenceEngine(Protocol):
         engine.resume()
     """
 
-    version: int
-    """Version of the weights that new requests are served with; -1 before the first push."""
+    @property
+    def version(self) -> int:
+        """Version of the weights that new requests are served with; -1 before the first push."""
+        ...
+
+    @version.setter
+    def version(self, version: int) -> None: ...
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse: ...
 

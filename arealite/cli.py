@@ -1,12 +1,13 @@
 """The `arealite` command: `arealite serve --model MODEL [key=value ...]`."""
 
 import argparse
-import signal
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arealite.config import install_excepthook, parse
+from arealite.errors import ServerError
 from arealite.inference.server import ServerConfig, serve
 
 
@@ -31,6 +32,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     with serve(cfg.model, cfg.server) as servers:
         print(f"server.addresses=[{','.join(servers.addresses)}]", flush=True)
         try:
-            signal.pause()
+            while not (failure := servers.failure()):
+                time.sleep(0.5)
         except KeyboardInterrupt:
             print("stopping the servers", file=sys.stderr)
+        else:
+            raise ServerError(failure)

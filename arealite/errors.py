@@ -37,6 +37,10 @@ class ServerError(ArealiteError, RuntimeError):
     """A server could not be started, died, or answered something that is not usable."""
 
 
+class NoServerError(ServerError):
+    """No server is left to ask, and none is expected back: the run cannot go on."""
+
+
 class DeadlineError(ArealiteError, TimeoutError):
     """A wait took longer than its limit; the message says who waited for what."""
 

@@ -29,6 +29,8 @@ class SamplingParams:
     """Nucleus mass; below 1 the sampler leaves the policy's support and the ratios are biased."""
     max_new_tokens: int = 256
     """Budget of one response in tokens."""
+    ignore_eos: bool = False
+    """Go on behind the end token until the budget is used up; for measurements."""
 
     def __post_init__(self) -> None:
         if not self.temperature >= 0:
@@ -49,6 +51,7 @@ class ModelRequest:
 
     token_ids: list[int]  # [L] the whole context so far
     sampling: SamplingParams
+    conversation: int | None = None  # its requests share a beginning, which a server keeps
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -90,7 +93,9 @@ class LostRow:
     """A row that was started and will not be trained on."""
 
     place: int  # in the run's order
-    reason: str  # "rejected", or "failed: " and the error
+    reason: str  # "rejected", "too old", or "failed: " and the error
+    response_length: float | None = None  # mean of its group, if that had finished
+    reward: float | None = None  # the same
 
 
 def _absent() -> torch.Tensor:

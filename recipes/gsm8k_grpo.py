@@ -22,6 +22,7 @@ from arealite.api import InferenceEngine, RolloutWorkflow, TrainEngine
 from arealite.checkpoint import RunLock, load_checkpoint, save_checkpoint
 from arealite.config import check_at_least, parse
 from arealite.data import load_rows, load_tokenizer
+from arealite.errors import ArealiteError
 from arealite.gates import fresh_logprob_gap, logprob_gap
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
@@ -139,7 +140,7 @@ def main(cfg: Config) -> None:
         MetricLogger(cfg.out_dir, cfg) as metrics,
         FSDPEngine(cfg.model, cfg.train) as train_engine,
         serve(cfg.model, cfg.server, log_dir=cfg.out_dir) as server,
-        VLLMEngine(server.addresses) as inference_engine,
+        VLLMEngine(server) as inference_engine,
     ):
         rollout_log = RolloutLog(cfg.out_dir, tokenizer)
         start = load_checkpoint(cfg.out_dir, train_engine)  # zeros for a new run
@@ -154,7 +155,11 @@ def main(cfg: Config) -> None:
             inference_engine, explore, train_rows, cfg.rollout, seed=cfg.seed, start=start
         ) as rollouts:
             for version in range(start.version, cfg.steps):
-                groups, lost = rollouts.next_batch(), rollouts.take_lost()
+                try:
+                    groups, lost = rollouts.next_batch(), rollouts.take_lost()
+                except ArealiteError:  # raised on all ranks; nothing of this step has happened
+                    save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version))
+                    raise
                 rollout_log.write(version + 1, groups, lost)
                 minibatches = pack(
                     groups,
@@ -172,7 +177,7 @@ def main(cfg: Config) -> None:
                 push_weights(train_engine, inference_engine, version=version + 1)
 
                 progress = rollout_metrics(groups, version, lost) | train_metrics(stats) | gap
-                metrics.log(version + 1, progress)
+                metrics.log(version + 1, progress | inference_engine.take_metrics())
                 if (version + 1) % cfg.eval_every_steps == 0 or version + 1 == cfg.steps:
                     metrics.log(version + 1, check())
                 if (version + 1) % cfg.save_every_steps == 0 or version + 1 == cfg.steps:

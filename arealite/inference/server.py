@@ -1,5 +1,6 @@
 """Start vLLM servers on this host's GPUs or cores, or attach to running ones: `serve()`."""
 
+import ipaddress
 import json
 import os
 import select
@@ -20,9 +21,11 @@ from arealite.config import check_at_least
 from arealite.data import resolve_model
 from arealite.errors import ConfigError, ServerError
 from arealite.inference.supervisor import end_processes
-from arealite.inference.transport import region_prefix
+from arealite.inference.tokens import TOKEN, find_token
 from arealite.inference.vllm_plugin import BACKEND, SLEEP
 
+GONE_TIMEOUT_S = 30.0
+"""Attached servers that all are gone for so long end the run: nobody here can start them."""
 SMALL_MACHINE_CORES = 4
 """Up to so many cores a CPU server gets one thread, which the system may move.
 
@@ -57,25 +60,77 @@ class ServerConfig:
     """Precision of the served weights; auto: that of the model folder."""
     startup_timeout_s: float = 600.0
     """Limit in seconds until every server has generated its first tokens."""
+    max_restarts: int = 5
+    """Deaths of one server within 10 minutes after which it is started again; one more ends the
+    run."""
+    interrupt: Literal["keep", "drain"] = "keep"
+    """What an update does to running requests: `keep` freezes them, and they go on with the new
+    weights; `drain` lets them end first, so that every response is of one version."""
+    kv: Literal["recompute", "reuse"] = "recompute"
+    """The cache of requests that go on: computed again with the new weights, or kept as it is,
+    which is faster and an approximation."""
+    weights_dir: str = ""
+    """Folder that trainer and servers both see, for servers on other hosts; empty: servers of this
+    host take weights through shared memory."""
+    request_timeout_s: float = 3600.0
+    """Limit of one generation in seconds, waiting in the server's queue included."""
+    patience_s: float = 60.0
+    """A request that takes longer than this, and 10 times the longest of the latest 256, is asked
+    again, of another server where there is one."""
+    hang_timeout_s: float = 15.0
+    """Silence of a server's engine in seconds after which it is given up, and started again."""
+    progress_timeout_s: float = 60.0
+    """The same for a server that has requests and answers, but samples no token."""
+    max_reply_bytes: int = 2**28
+    """A longer reply of a server is refused."""
+    token_file: str = ""
+    """File with the token that servers ask for, readable by its owner only; empty: the environment
+    variable AREALITE_TOKEN, which may be unset for servers of this host."""
+    host: str = "127.0.0.1"
+    """Where servers listen; any but a loopback address needs a token."""
     extra_args: tuple[str, ...] = ()
     """More arguments of `vllm serve`, such as `--enable-prefix-caching`."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "server", tensor_parallel=1, num_cpu_servers=1, cpu_cache_gib=1)
         check_at_least(self, "server", max_num_seqs=1, max_model_len=0, startup_timeout_s=1)
+        check_at_least(self, "server", max_restarts=0, request_timeout_s=1e-3, patience_s=1e-3)
+        check_at_least(self, "server", hang_timeout_s=2, progress_timeout_s=1, max_reply_bytes=1)
         if not 0 <= self.memory_share <= 1:
             raise ConfigError(f"server.memory_share={self.memory_share} must be between 0 and 1.")
         for address in self.addresses:
-            if not address.startswith(("http://", "https://")):
-                raise ConfigError(f"server.addresses: {address!r} must begin with http://.")
+            if not address.startswith(("http://", "https://", "unix://")):
+                raise ConfigError(
+                    f"server.addresses: {address!r} must begin with http://, or unix:// for a "
+                    "socket."
+                )
 
 
 class Servers:
     """Handle of the servers of a run; closing it ends those that `serve` started."""
 
-    def __init__(self, addresses: list[str], supervisor: "_Supervisor | None" = None) -> None:
+    def __init__(
+        self,
+        addresses: list[str],
+        cfg: ServerConfig,
+        supervisor: "_Supervisor | None" = None,
+        *,
+        is_restarted: bool = False,
+    ) -> None:
         self.addresses = addresses
+        self.cfg = cfg
+        self.token = find_token(cfg.token_file)
         self._supervisor = supervisor
+        self._is_restarted = is_restarted
+
+    @property
+    def recovery_timeout_s(self) -> float:
+        """How long to wait for a server to come back when none is left."""
+        return self.cfg.startup_timeout_s + 60 if self._is_restarted else GONE_TIMEOUT_S
+
+    def failure(self) -> str:
+        """Why servers that `serve` started will not come back; empty while they may."""
+        return "" if self._supervisor is None else self._supervisor.failure
 
     def close(self) -> None:
         """End the servers; may be called twice."""
@@ -103,7 +158,7 @@ def serve(model: str, cfg: ServerConfig | None = None, *, log_dir: str | Path = 
     """
     cfg = cfg or ServerConfig()
     if cfg.addresses:
-        return Servers(list(cfg.addresses))
+        return Servers([address.rstrip("/") for address in cfg.addresses], cfg)
     supervisor, outcome = None, ("", [""])
     if dist.rank() == 0:
         try:
@@ -114,7 +169,7 @@ def serve(model: str, cfg: ServerConfig | None = None, *, log_dir: str | Path = 
     failure, addresses = dist.broadcast(outcome)
     if failure:
         raise ServerError(failure)
-    return Servers(addresses, supervisor)
+    return Servers(addresses, cfg, supervisor, is_restarted=True)
 
 
 class _Supervisor:
@@ -127,6 +182,7 @@ class _Supervisor:
             f"Starting {count} vLLM server(s): half a minute, more on a busy machine. "
             f"Log in {spec['log_dir']}"
         )
+        self.failure = ""
         self._closing = False
         self._server_pids: list[int] = []
         self._segments: list[str] = []
@@ -135,6 +191,7 @@ class _Supervisor:
             [sys.executable, "-m", "arealite.inference.supervisor"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            bufsize=0,  # select() does not see what a buffer holds
             start_new_session=True,
         )
         assert self._process.stdin and self._process.stdout
@@ -166,12 +223,14 @@ class _Supervisor:
     def _wait_ready(self, deadline: float) -> list[str]:
         while True:
             event = self._next_event(max(0.0, deadline - time.monotonic()))
-            if event["event"] == "ready":
-                self._segments = event["segments"]
-                return event["addresses"]
-            if event["event"] == "failed":
-                raise ServerError(event["message"])
-            self._server_pids.append(event["pid"])
+            match event["event"]:
+                case "ready":
+                    self._segments = event["segments"]
+                    return event["addresses"]
+                case "failed":
+                    raise ServerError(event["message"])
+                case "started":
+                    self._server_pids.append(event["pid"])
 
     def _next_event(self, timeout_s: float | None) -> dict[str, Any]:
         assert self._process.stdout
@@ -183,19 +242,25 @@ class _Supervisor:
         return json.loads(line)
 
     def _watch(self) -> None:
-        """End the run when a server or the supervisor is gone: nothing would answer any more."""
-        try:
-            message = self._next_event(None).get("message", "")
-        except ServerError as error:
-            message = str(error)
-        if self._closing:
-            return
-        print(f"error: {message}", file=sys.stderr, flush=True)
+        """Say what becomes of the servers; `failure` is set when they will not come back."""
+        while not self.failure:
+            try:
+                event = self._next_event(None)
+            except ServerError as error:
+                event = dict[str, Any](event="failed", message=str(error))
+            if self._closing:
+                return
+            match event["event"]:
+                case "started":
+                    self._server_pids.append(event["pid"])
+                case "died":
+                    ending = event["message"].partition(" Its log ")[0]
+                    print(f"warning: {event['address']}: {ending}", flush=True)
+                case "restarted":
+                    print(f"{event['address']} serves again.", flush=True)
+                case "failed":
+                    self.failure = event["message"]
         self._end_servers()
-        # The main thread may wait in a collective, where no exception reaches it. A notebook
-        # has no such thread, and its user wants to keep the kernel.
-        if not hasattr(sys, "ps1"):
-            os._exit(1)
 
     def _end_servers(self) -> None:
         """What the supervisor does before it ends; here for one that could not."""
@@ -221,12 +286,22 @@ def _spec(model: str, cfg: ServerConfig, log_dir: str | Path) -> dict[str, Any]:
         raise ConfigError(f"server.gpus={cfg.gpus}, but this machine shows no CUDA device.")
     else:
         arguments, environments = _on_cpu(cfg)
+    shared = dict(_ENVIRONMENT)
+    if token := find_token(cfg.token_file):
+        shared[TOKEN] = token
+    elif not is_loopback(cfg.host):
+        raise ConfigError(
+            f"server.host={cfg.host} can be reached from other machines, and a server obeys "
+            "whoever reaches it. Set AREALITE_TOKEN or server.token_file, or server.host=127.0.0.1."
+        )
     return {
         "commands": [[*_command(model, cfg), *arguments]] * len(environments),
-        "environments": [_ENVIRONMENT | environment for environment in environments],
+        "environments": [shared | environment for environment in environments],
+        "host": cfg.host,
         "log_dir": str(folder),
         "startup_timeout_s": cfg.startup_timeout_s,
-        "region_prefix": region_prefix(os.getpid()),
+        "hang_timeout_s": cfg.hang_timeout_s,
+        "max_restarts": cfg.max_restarts,
     }
 
 
@@ -236,7 +311,7 @@ def _command(model: str, cfg: ServerConfig) -> list[str]:
     options: dict[str, object] = {
         "--model": resolve_model(model),
         "--served-model-name": model,
-        "--host": "127.0.0.1",
+        "--host": cfg.host,
         "--port": "{port}",
         "--dtype": cfg.dtype,
         "--max-num-seqs": cfg.max_num_seqs,
@@ -245,6 +320,7 @@ def _command(model: str, cfg: ServerConfig) -> list[str]:
         "--logprobs-mode": "processed_logprobs",
         # Otherwise the model folder's own sampling defaults leak in.
         "--generation-config": "vllm",
+        "--middleware": "arealite.inference.vllm_guard.Guard",
         "--weight-transfer-config": json.dumps({"backend": BACKEND}),
     }
     if cfg.max_model_len:
@@ -287,6 +363,16 @@ def _on_cpu(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
         environment |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     # Compiled mode keeps the old packed weights after an update on CPU.
     return ["--enforce-eager"], [environment] * cfg.num_cpu_servers
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server there."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 _ENVIRONMENT = {

@@ -20,17 +20,15 @@ NamedWeights = Iterable[tuple[str, torch.Tensor]]
 
 REGION_BYTES = 256 * 2**20
 """Largest shared region; a model with less uses less."""
+REGION_NAME = "arealite-weights"
+"""Of the memory file, as /proc shows it; a server maps no other."""
 
 
 class Transport(Protocol):
     """One way to bring weights to every server of a run."""
 
     def init_info(self) -> dict[str, Any]:
-        """What a server has to know before the first update."""
-        ...
-
-    def connected(self) -> None:
-        """Every server has taken the `init_info`."""
+        """What a server has to know before its first update."""
         ...
 
     def updates(self, weights: NamedWeights) -> Iterator[dict[str, Any]]:
@@ -41,28 +39,21 @@ class Transport(Protocol):
 
 
 class SharedMemory:
-    """A region of /dev/shm that both sides keep mapped: for servers on the same host.
+    """Memory that both sides map: for servers on the same host.
 
-    The file is unlinked once every server has mapped it, so that nothing is left behind whatever
-    dies. First-touch page faults are most of the cost of a fresh region; this one stays warm.
+    It has no name in any file system, so that nothing is left behind whatever dies, and no limit
+    of /dev/shm applies. A server opens it through our process; a new one can do so at any time.
+    First-touch page faults are most of the cost of a fresh region; this one stays warm.
     """
 
     def __init__(self, size_bytes: int = REGION_BYTES) -> None:
-        prefix = f"{region_prefix(os.getpid())}{os.urandom(4).hex()}"
-        self._path = Path("/dev/shm") / prefix
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        try:
-            os.ftruncate(descriptor, size_bytes)
-            self._region = mmap.mmap(descriptor, size_bytes)
-        finally:
-            os.close(descriptor)
+        self._descriptor = os.memfd_create(REGION_NAME)
+        os.ftruncate(self._descriptor, size_bytes)
+        self._region = mmap.mmap(self._descriptor, size_bytes)
         self._size = size_bytes
 
     def init_info(self) -> dict[str, Any]:
-        return {"region": str(self._path)}
-
-    def connected(self) -> None:
-        self._path.unlink(missing_ok=True)
+        return {"region": f"/proc/{os.getpid()}/fd/{self._descriptor}"}
 
     def updates(self, weights: NamedWeights) -> Iterator[dict[str, Any]]:
         pieces: list[dict[str, Any]] = []
@@ -83,9 +74,11 @@ class SharedMemory:
             yield {"pieces": pieces}
 
     def close(self) -> None:
-        self._path.unlink(missing_ok=True)
         with suppress(BufferError):
             self._region.close()
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
 
     def _write(self, offset: int, source: torch.Tensor) -> None:
         if source.numel():
@@ -105,9 +98,6 @@ class Disk:
 
     def init_info(self) -> dict[str, Any]:
         return {"folder": str(self._folder)}
-
-    def connected(self) -> None:
-        pass
 
     def updates(self, weights: NamedWeights) -> Iterator[dict[str, Any]]:
         bucket: dict[str, torch.Tensor] = {}
@@ -132,11 +122,6 @@ class Disk:
             yield {"file": str(path)}
         finally:
             path.unlink(missing_ok=True)
-
-
-def region_prefix(pid: int) -> str:
-    """How the names of all regions of process `pid` begin; the supervisor sweeps by it."""
-    return f"arealite-{pid}-"
 
 
 def _piece(

@@ -1,105 +1,124 @@
 """An asynchronous client of vLLM servers: tokens out with their log-probs and weight versions.
 
-    request -> least loaded server -> POST /inference/v1/generate -> checked ModelResponse
+    request -> a serving server -> POST /inference/v1/generate -> checked ModelResponse
+                └─ dies, hangs, fails: the request goes to another, or waits for one to come back
     weights -> pause -> start, update ..., finish -> resume, on every server
 
 vllm itself is never imported here: the servers run in processes of their own.
 """
 
 import asyncio
-import math
-from collections import Counter
-from collections.abc import Coroutine, Iterable, Sequence
+import concurrent.futures
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Self
 from urllib.parse import urlsplit
 
-import aiohttp
 import msgspec
 import tenacity
 import torch
 
 from arealite import background
-from arealite.errors import PromptTooLongError, ServerError, TrajectoryError
+from arealite.errors import NoServerError, PromptTooLongError, ServerError
+from arealite.inference.connection import (
+    Connection,
+    RetryableError,
+    ServerLostError,
+)
+from arealite.inference.fleet import Fleet, Server
+from arealite.inference.monitor import Monitor
+from arealite.inference.pusher import Pusher
+from arealite.inference.reply import StaleReplyError, UnreadableReplyError, parse_reply
+from arealite.inference.server import ServerConfig, Servers
 from arealite.inference.transport import Disk, SharedMemory, Transport
 from arealite.types import ModelRequest, ModelResponse
 
-CONTROL_TIMEOUT_S = 120.0
-"""Limit of each single call that pauses, updates or resumes a server."""
-
-
-class _Logprob(msgspec.Struct):
-    logprob: float
-
-
-class _Logprobs(msgspec.Struct):
-    content: list[_Logprob]
-
-
-class _Span(msgspec.Struct):
-    version: str
-    start: int
-    end: int
-
-
-class _Choice(msgspec.Struct):
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort"]
-    logprobs: _Logprobs
-    weight_versions: list[_Span] | None = None
-
-
-class _Reply(msgspec.Struct):
-    choices: list[_Choice]
-
-
-class _RetryableError(ServerError):
-    """The same request may succeed a moment later."""
+MAX_ATTEMPTS = 5
+"""Of one request, while its server is there."""
+MAX_LOST_SERVERS = 5
+"""A request whose servers died so often may be the reason."""
+SLOW_FACTOR = 10
+"""A request that takes so many times as long as the longest of late is asked again."""
 
 
 class VLLMEngine:
     """`InferenceEngine` over running vLLM servers. Use it as a context manager, or close it.
 
     Args:
-        addresses: `http://host:port` of each server; `serve()` gives them.
-        weights_dir: a folder that this process and all servers see. Needed for servers on other
-            hosts; servers on this one take weights through shared memory.
-        request_timeout_s: limit of one generation, waiting in the server's queue included.
+        servers: what `serve()` gives, or `http://host:port` of each server.
+        cfg: limits and the kind of interruption, for servers given by address.
 
     Raises:
         ServerError: no server answers at an address, or it was not started by `serve`.
     """
 
-    def __init__(
-        self,
-        addresses: Sequence[str],
-        *,
-        weights_dir: str | Path | None = None,
-        request_timeout_s: float = 600.0,
-    ) -> None:
-        self.version = -1
-        self._addresses = [address.rstrip("/") for address in addresses]
-        self._weights_dir = weights_dir
-        self._timeout_s = request_timeout_s
-        self._load = Counter[str]()
-        self._session: aiohttp.ClientSession | None = None
+    def __init__(self, servers: Servers | Sequence[str], cfg: ServerConfig | None = None) -> None:
+        if not isinstance(servers, Servers):
+            servers = Servers([address.rstrip("/") for address in servers], cfg or ServerConfig())
+        self._servers, self._cfg = servers, servers.cfg
+        self._fleet = Fleet(servers.addresses)
+        self._connections = {
+            server: Connection(
+                server.address, token=servers.token, max_reply_bytes=self._cfg.max_reply_bytes
+            )
+            for server in self._fleet.servers
+        }
+        self._pusher = Pusher(
+            self._fleet,
+            self._connections,
+            interrupt=self._cfg.interrupt,
+            kv=self._cfg.kv,
+            drain_timeout_s=self._cfg.request_timeout_s,
+            lost=lambda server, reason: self._monitor.lost(server, reason),
+        )
+        self._monitor = Monitor(
+            self._fleet,
+            self._connections,
+            self._pusher,
+            hang_timeout_s=self._cfg.hang_timeout_s,
+            progress_timeout_s=self._cfg.progress_timeout_s,
+            changed=self._let_requests_look_again,
+        )
+        self._watching: concurrent.futures.Future[None] | None = None
         self._transport: Transport | None = None
-        self._decoder = msgspec.json.Decoder(_Reply)
+        self._look_again = asyncio.Event()
+        self._durations_s = deque[float](maxlen=256)
+        self._num_retries = 0
+        self._is_closed = False
+        self._retrying = tenacity.AsyncRetrying(
+            retry=tenacity.retry_if_exception_type((RetryableError, UnreadableReplyError)),
+            stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
+            wait=_wait_s,
+            reraise=True,
+        )
         try:
-            lengths = self._control(self._each(self._max_model_len), "connecting to the servers")
+            limits = background.run(self._connect(), timeout_s=60, what="connecting to the servers")
         except BaseException:
             self.close()
             raise
-        self.max_model_len = min(lengths)
+        self.max_model_len = min(length for length, _ in limits)
         """Prompt and response together may have this many tokens."""
+        self._vocab_size = min((size for _, size in limits if size), default=None)
+        self._watching = background.submit(self._monitor.run())
+
+    @property
+    def version(self) -> int:
+        """Version of the weights that new requests are served with; -1 before the first push."""
+        return self._fleet.version
+
+    @version.setter
+    def version(self, version: int) -> None:
+        self._fleet.version = version
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
-        """Sample one response; a passing fault of a server is tried again elsewhere.
+        """Sample one response; what a server fails at is asked again, of another if there is one.
 
         Raises:
             PromptTooLongError: the context has no room for one more token.
-            ServerError: no server gave a usable answer.
+            NoServerError: no server has served for a while, and none will.
+            ServerError: a server refused the request, or none gave a usable answer.
             TrajectoryError: an answer whose tokens, log-probs and versions do not fit together.
         """
         if asyncio.get_running_loop() is not background.loop():  # a notebook's, say
@@ -112,47 +131,64 @@ class VLLMEngine:
                 "(up to what the model allows)."
             )
         budget = min(request.sampling.max_new_tokens, room)
-        body = msgspec.json.encode(_generate_body(request, budget))
-        retry = tenacity.AsyncRetrying(
-            retry=tenacity.retry_if_exception_type(_RetryableError),
-            stop=tenacity.stop_after_attempt(4),
-            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
-            reraise=True,
-        )
-        content = await retry(self._post_generate, body)
-        response = _checked(self._decode(content))
+        response = await self._generate(request, budget)
         if response.finish_reason == "length" and budget < request.sampling.max_new_tokens:
             return replace(response, finish_reason="context")
         return response
 
     def pause(self) -> None:
-        """Freeze running requests in place; new ones queue. Their KV is recomputed on resume."""
-        self._post_all("/pause?mode=keep&clear_cache=true")
+        """Stop the servers for an update, in the way of `server.interrupt`.
+
+        keep: running requests freeze in place, new ones queue. drain: running requests end first.
+        """
+        self._pusher.pause()
 
     def resume(self) -> None:
-        """Let the requests go on."""
-        self._post_all("/resume")
+        """Let the requests go on.
+
+        Raises:
+            ServerError: the servers answer, but did not take the weights.
+        """
+        self._pusher.resume()
+        background.loop().call_soon_threadsafe(self._let_requests_look_again)
 
     def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Send full tensors, under their Hugging Face names, to every server.
+        """Send full tensors, under their Hugging Face names, to every server that serves.
 
-        Only the process that talks to the servers calls this; `push_weights` sees to it.
+        Only the process that talks to the servers calls this; `push_weights` sees to it. It keeps
+        a copy, so that a server that is restarted gets the weights before it serves again.
         """
         if self._transport is None:
-            self._transport = self._connect_transport()
-        self._post_all("/start_weight_update")
-        for update in self._transport.updates(weights):
-            self._post_all("/update_weights", {"update_info": update})
-        self._post_all("/finish_weight_update", {"weight_version": str(version)})
-        self.version = version
+            self._transport = self._make_transport()
+        is_paused = self._fleet.is_updating
+        if not is_paused:
+            self.pause()
+        try:
+            self._pusher.push(weights, version, self._transport)
+        finally:
+            if not is_paused:
+                self.resume()
+
+    def take_metrics(self) -> dict[str, float]:
+        """What the servers went through since the last call; see `observe.metrics`."""
+        hits, queries = self._monitor.take_prefix_counts()
+        metrics = {
+            "server/retries": float(self._num_retries),
+            "server/lost": float(self._monitor.num_lost),
+        }
+        self._num_retries = self._monitor.num_lost = 0
+        return metrics | ({"server/prefix_hit_rate": hits / queries} if queries else {})
 
     def close(self) -> None:
         """Close all connections. The servers stay; `serve()` owns them."""
-        if self._session is not None:
-            background.run(self._session.close(), timeout_s=10, what="closing connections")
-        self._session = None
+        self._is_closed = True
+        if self._watching is not None:
+            self._watching.cancel()
+            self._watching = None
+        background.run(self._disconnect(), timeout_s=10, what="closing connections")
         if self._transport is not None:
             self._transport.close()
+            self._transport = None
 
     def __enter__(self) -> Self:
         return self
@@ -160,95 +196,136 @@ class VLLMEngine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _connect_transport(self) -> Transport:
-        if self._weights_dir is not None:
-            transport: Transport = Disk(self._weights_dir)
-        elif all(_is_local(address) for address in self._addresses):
-            transport = SharedMemory()
-        else:
+    # --- One request ------------------------------------------------------------------------------
+
+    async def _generate(self, request: ModelRequest, budget: int) -> ModelResponse:
+        body = msgspec.json.encode(_generate_body(request, budget))
+        avoid: Server | None = None
+
+        async def attempt() -> ModelResponse:
+            nonlocal avoid
+            for _ in range(MAX_LOST_SERVERS):
+                server = await self._serving(request.conversation, avoid)
+                try:
+                    return await self._ask(server, body)
+                except (ServerLostError, StaleReplyError):
+                    continue  # no fault of the request: it goes on elsewhere
+                except (RetryableError, UnreadableReplyError):
+                    avoid = server
+                    self._num_retries += 1
+                    raise
             raise ServerError(
-                "Servers on other hosts take weights through a folder that both sides see: pass "
-                "VLLMEngine(..., weights_dir=FOLDER)."
+                f"{MAX_LOST_SERVERS} servers were lost, one after the other, while they worked on "
+                f"one request of {len(request.token_ids)} tokens. Is it the reason?"
             )
-        self._post_all("/init_weight_transfer_engine", {"init_info": transport.init_info()})
-        transport.connected()
-        return transport
 
-    def _decode(self, content: bytes) -> _Choice:
         try:
-            [choice] = self._decoder.decode(content).choices
-        except (msgspec.MsgspecError, ValueError) as error:
-            raise TrajectoryError(
-                f"A server's answer is not what vLLM's /inference/v1/generate gives: {error}. "
-                f"It begins with {content[:80]!r}."
-            ) from error
-        return choice
+            return await attempt()
+        except (RetryableError, UnreadableReplyError) as error:
+            await asyncio.sleep(max(0.1, getattr(error, "wait_s", 0.0)))
+        return await self._retrying(attempt)
 
-    async def _post_generate(self, body: bytes) -> bytes:
-        address = min(self._addresses, key=lambda address: self._load[address])
-        self._load[address] += 1
+    async def _ask(self, server: Server, body: bytes) -> ModelResponse:
+        """One answer of this server; what its failure says about the server is passed on."""
+        oldest_version = server.version
+        began_s = time.monotonic()
+        server.running += 1
         try:
-            return await self._request("POST", address, "/inference/v1/generate", body)
+            content = await self._connections[server].post(
+                "/inference/v1/generate", body, limit_s=self._limit_s()
+            )
+            response = parse_reply(
+                content,
+                vocab_size=self._vocab_size,
+                oldest_version=oldest_version,
+                latest_version=self.version + 1,
+            )
+        except StaleReplyError as error:
+            if self.version < 0:
+                raise ServerError(str(error)) from error
+            self._fleet.missed_update(server, str(error))
+            self._monitor.suspect(server)
+            raise
+        except RetryableError:
+            self._monitor.suspect(server)
+            raise
         finally:
-            self._load[address] -= 1
+            server.running -= 1
+        self._durations_s.append(time.monotonic() - began_s)
+        return response
 
-    async def _request(
-        self, method: str, address: str, path: str, body: bytes | None = None
-    ) -> bytes:
-        headers = {"Content-Type": "application/json"}
+    def _limit_s(self) -> float:
+        """How long a request may take: much longer than those before it, but not for ever."""
+        if len(self._durations_s) < 16:
+            return self._cfg.request_timeout_s
+        slow_s = max(self._cfg.patience_s, SLOW_FACTOR * max(self._durations_s))
+        return min(slow_s, self._cfg.request_timeout_s)
+
+    async def _serving(self, conversation: int | None, avoid: Server | None) -> Server:
+        """A server to ask, as soon as there is one."""
+        began_s = time.monotonic()
+        while (server := self._fleet.choose(conversation, avoid)) is None or self._is_closed:
+            if self._is_closed:
+                raise ServerError("The engine was closed while a request was running.")
+            if failure := self._servers.failure():
+                raise NoServerError(failure)
+            waited_s = time.monotonic() - began_s
+            if waited_s > self._servers.recovery_timeout_s and not self._fleet.is_updating:
+                raise NoServerError(
+                    f"No server has served for {waited_s:.0f} s: {self._fleet.describe()}."
+                )
+            try:
+                async with asyncio.timeout(1.0):
+                    await self._look_again.wait()
+            except TimeoutError:
+                continue
+        return server
+
+    def _let_requests_look_again(self) -> None:
+        self._look_again.set()
+        self._look_again = asyncio.Event()
+
+    # --- Connections ------------------------------------------------------------------------------
+
+    async def _connect(self) -> list[tuple[int, int | None]]:
+        limits = await asyncio.gather(*map(self._model_limits, self._fleet.servers))
+        await asyncio.gather(*map(self._monitor.probe, self._fleet.servers))
+        for server in self._fleet.servers:
+            if server.state != "serving":
+                raise ServerError(f"{server.address}: {server.reason}")
+        return limits
+
+    async def _model_limits(self, server: Server) -> tuple[int, int | None]:
+        """Context length and vocabulary size of the served model; the latter if it says so."""
         try:
-            async with self._connected().request(
-                method, address + path, data=body, headers=headers
-            ) as reply:
-                content = await reply.read()
-        except TimeoutError as error:
-            raise ServerError(
-                f"{address}{path} did not answer within {self._timeout_s:.0f} s."
-            ) from error
-        except (aiohttp.ClientError, OSError) as error:
-            raise _RetryableError(
-                f"No vLLM server answered at {address} ({type(error).__name__}). Start one with "
-                "`arealite serve --model MODEL`, or leave server.addresses empty to start it."
-            ) from error
-        if reply.status == 200:
-            return content
-        failure = (
-            f"{address}{path} answered {reply.status}: {content[:500].decode(errors='replace')}"
-        )
-        if reply.status in (408, 425, 429) or reply.status >= 500:
-            raise _RetryableError(failure)
-        raise ServerError(failure)
-
-    def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            # vLLM's server closes idle connections after 5 s; a longer-lived pool would race it.
-            connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=4)
-            timeout = aiohttp.ClientTimeout(total=self._timeout_s, sock_connect=10)
-            self._session = aiohttp.ClientSession(connector=connector, timeout=timeout)
-        return self._session
-
-    async def _max_model_len(self, address: str) -> int:
-        content = await self._request("GET", address, "/v1/models")
-        try:
-            return int(msgspec.json.decode(content)["data"][0]["max_model_len"])
+            content = await self._connections[server].get("/v1/models", limit_s=30)
+            length = int(msgspec.json.decode(content)["data"][0]["max_model_len"])
         except (msgspec.MsgspecError, LookupError, TypeError, ValueError) as error:
+            if isinstance(error, ServerError):
+                raise
             raise ServerError(
-                f"{address} is not a vLLM server: /v1/models answered {content[:80]!r}."
+                f"{server.address} is not a vLLM server: /v1/models is not what vLLM answers."
             ) from error
+        try:
+            content = await self._connections[server].get("/arealite/model", limit_s=30)
+            return length, int(msgspec.json.decode(content)["vocab_size"])
+        except (ServerError, msgspec.MsgspecError, LookupError, TypeError, ValueError):
+            return length, None
 
-    def _post_all(self, path: str, body: dict[str, Any] | None = None) -> None:
-        content = msgspec.json.encode(body or {})
+    def _make_transport(self) -> Transport:
+        if self._cfg.weights_dir:
+            return Disk(self._cfg.weights_dir)
+        if all(_is_local(address) for address in self._servers.addresses):
+            return SharedMemory()
+        raise ServerError(
+            "Servers on other hosts take weights through a folder that both sides see: set "
+            "server.weights_dir."
+        )
 
-        async def post(address: str) -> bytes:
-            return await self._request("POST", address, path, content)
-
-        self._control(self._each(post), f"{path} on {', '.join(self._addresses)}")
-
-    async def _each(self, call: Any) -> list[Any]:
-        return list(await asyncio.gather(*(call(address) for address in self._addresses)))
-
-    def _control(self, coroutine: Coroutine[Any, Any, list[Any]], what: str) -> list[Any]:
-        return background.run(coroutine, timeout_s=CONTROL_TIMEOUT_S, what=what)
+    async def _disconnect(self) -> None:
+        for connection in self._connections.values():
+            connection.give_up("the engine was closed")
+            await connection.close()
 
 
 def _generate_body(request: ModelRequest, budget: int) -> dict[str, Any]:
@@ -259,47 +336,24 @@ def _generate_body(request: ModelRequest, budget: int) -> dict[str, Any]:
             "temperature": sampling.temperature,
             "top_p": sampling.top_p,
             "max_tokens": budget,
+            "ignore_eos": sampling.ignore_eos,
             "logprobs": 0,
             "detokenize": False,
         },
     }
 
 
-def _checked(choice: _Choice) -> ModelResponse:
-    """The choice as a response, or an error: nothing about a token is ever guessed."""
-    logprobs = [entry.logprob for entry in choice.logprobs.content]
-    length = len(choice.token_ids)
-    if len(logprobs) != length:
-        raise TrajectoryError(f"A server sent {len(logprobs)} log-probs for {length} tokens.")
-    if not all(math.isfinite(logprob) and -9998 < logprob < 1e-3 for logprob in logprobs):
-        raise TrajectoryError(
-            "A server sent a log-prob that is not finite or not negative: its weights may hold nan."
-        )
-    if any(token < 0 for token in choice.token_ids):
-        raise TrajectoryError("A server sent a negative token id.")
-    return ModelResponse(
-        token_ids=choice.token_ids,
-        behavior_logprobs=logprobs,
-        versions=_versions(choice.weight_versions, length),
-        finish_reason=choice.finish_reason,
-    )
+_BACKOFF: Callable[[tenacity.RetryCallState], float] = tenacity.wait_random_exponential(
+    multiplier=0.2, max=5
+)
 
 
-def _versions(spans: list[_Span] | None, length: int) -> list[int]:
-    """Weight version of each of `length` tokens, from spans that must partition them."""
-    versions: list[int] = []
-    for span in spans or []:
-        if span.start != len(versions) or span.end < span.start or not span.version.isdigit():
-            break
-        versions += [int(span.version)] * (span.end - span.start)
-    if len(versions) != length:
-        raise TrajectoryError(
-            f"A server sent the weight versions {spans} for {length} tokens. They must partition "
-            "the tokens, each with a version that push_weights gave: push once before the first "
-            "rollout."
-        )
-    return versions
+def _wait_s(state: tenacity.RetryCallState) -> float:
+    """Seconds until the next attempt: a random back-off, or longer if the server asked for it."""
+    error = state.outcome.exception() if state.outcome else None
+    return max(_BACKOFF(state), getattr(error, "wait_s", 0.0))
 
 
 def _is_local(address: str) -> bool:
-    return urlsplit(address).hostname in ("127.0.0.1", "localhost", "::1")
+    parts = urlsplit(address)
+    return parts.scheme == "unix" or parts.hostname in ("127.0.0.1", "localhost", "::1")

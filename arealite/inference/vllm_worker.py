@@ -5,6 +5,7 @@ tensor, so that neither the shared region nor a file has to hold the model, or e
 """
 
 import mmap
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +24,15 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
+from arealite.inference.transport import REGION_NAME
+
 
 @dataclass
 class InitInfo(WeightTransferInitInfo):
     """Where weights may come from."""
 
     region: str | None = None
-    """Path of the shared-memory file to map, for `pieces`."""
+    """Path of the sender's memory file in /proc, for `pieces`."""
     folder: str | None = None
     """The only folder from which `file` is read."""
 
@@ -42,6 +45,8 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """Each: name, dtype, shape of the whole tensor; start of these bytes in it; offset in the
     region; nbytes."""
     file: str | None = None
+    is_abandoned: bool = False
+    """The update never came to its end: forget what has arrived of it."""
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -54,12 +59,10 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     _folder: Path | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Map the region, which the sender unlinks as soon as every worker has it."""
+        """Map the region, or remember the folder."""
         self.shutdown()
         if init_info.region is not None:
-            # Writable although nothing writes: torch.frombuffer warns about read-only memory.
-            with open(init_info.region, "r+b") as file:
-                self._region = mmap.mmap(file.fileno(), 0)
+            self._region = _map(init_info.region)
         if init_info.folder is not None:
             self._folder = Path(init_info.folder).resolve()
 
@@ -70,6 +73,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one bucket."""
+        if update_info.is_abandoned:
+            # The one way to close an update that no longer has a sender: vLLM takes it as failed.
+            raise ValueError("this weight update was abandoned; a new one may start")
         model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
         if update_info.file is not None:
             model.load_weights(iter(load_file(self._checked(update_info.file)).items()))
@@ -117,12 +123,23 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
                 self._partial[name] = (tensor, start + nbytes)
 
     def _checked(self, file: str) -> Path:
-        path = Path(file).resolve()
+        path = Path(file).resolve()  # follows links, so that one cannot lead out of the folder
         if self._folder is None or self._folder not in path.parents:
             raise ValueError(f"{file} is not inside the folder agreed on at the start")
         if path.suffix != ".safetensors":
             raise ValueError(f"{file} is not a safetensors file")
         return path
+
+
+def _map(region: str) -> mmap.mmap:
+    """The sender's memory; only what `transport.SharedMemory` has made, and of our own user."""
+    if os.readlink(region) != f"/memfd:{REGION_NAME} (deleted)":
+        raise ValueError(f"{region} is not the memory of an arealite trainer")
+    # Writable although nothing writes: torch.frombuffer warns about read-only memory.
+    with open(region, "r+b") as file:
+        if os.fstat(file.fileno()).st_uid != os.getuid():
+            raise ValueError(f"{region} belongs to another user")
+        return mmap.mmap(file.fileno(), 0)
 
 
 def repack_heads(model: torch.nn.Module) -> None:

@@ -15,10 +15,15 @@ batch that made it. Names, in the order in which a step meets them:
 | rollout/truncated_share | share of trajectories that ran out of their token budget (`length`) |
 | rollout/staleness_mean | mean over sampled tokens of: versions between sampling and training |
 | rollout/staleness_max | the same, largest |
+| rollout/staleness_share_K | share of sampled tokens that are K versions old; K is one of `AGES` |
+| rollout/oldest_token_share_K | share of trajectories whose oldest sampled token is so old |
 | rollout/tokens | sampled tokens in the batch |
 | groups/constant_share | share of groups in which every reward is equal: they teach nothing |
 | groups/rejected | rows that their workflow refused since the step before; see lost.jsonl |
 | groups/failed | rows whose episode raised or took too long, likewise |
+| groups/too_old | rows given up as too old to train on, likewise; only with `rollout.order=ready` |
+| lost/response_length | mean over those that had finished, beside `rollout/response_length` |
+| lost/reward | the same, beside `rollout/reward` |
 | gate/logprob_gap_mean | mean abs(server - trainer log-prob) of tokens, from `gates.logprob_gap` |
 | gate/logprob_gap_max | the same, largest |
 | train/loss | mean over the step's optimizer steps, without skipped ones |
@@ -32,12 +37,13 @@ batch that made it. Names, in the order in which a step meets them:
 | eval/response_length | mean number of sampled tokens in them |
 | time_s | seconds since the run began, waiting included, but not the start of a resumed one |
 
-`rollout/...` and `groups/...` are over all ranks. A value that does not exist, as a mean of
-nothing, is nan; in metrics.jsonl it is null.
+`rollout/...`, `groups/...` and `lost/...` are over all ranks. A value that does not exist, as a
+mean of nothing, is nan; in metrics.jsonl it is null.
 """
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from time import monotonic
@@ -57,6 +63,9 @@ from arealite.observe.summary import (
 from arealite.observe.terminal import StepTable, show, warn
 from arealite.types import LostRow, StepStats, Trajectory
 
+AGES = ("0", "1", "2", "3", "4_or_more")
+"""Of tokens, in weight versions. Each has a metric in every step, so that they stack in a plot."""
+
 
 def rollout_metrics(
     groups: list[list[Trajectory]], version: int, lost: Sequence[LostRow] = ()
@@ -68,40 +77,35 @@ def rollout_metrics(
         version: of the policy that is about to train on them, for the staleness.
         lost: this rank's rows that were given up since the step before.
     """
-    trajectories = [trajectory for group in groups for trajectory in group]
-    lengths = [trajectory.response_length for trajectory in trajectories]
-    staleness = [
-        version - sampled_by
-        for trajectory in trajectories
-        for sampled_by, is_sampled in zip(trajectory.versions, trajectory.loss_mask, strict=True)
-        if is_sampled
-    ]
-    rejected = sum(row.reason == "rejected" for row in lost)
-    rewards, truncated, count, num_tokens, lag, constant, num_groups, *losses = dist.sum(
-        [
-            sum(trajectory.reward for trajectory in trajectories),
-            sum(trajectory.finish_reason == "length" for trajectory in trajectories),
-            len(trajectories),
-            sum(lengths),
-            sum(staleness),
-            sum(len({trajectory.reward for trajectory in group}) == 1 for group in groups),
-            len(groups),
-            rejected,
-            len(lost) - rejected,
-        ]
+    samples = [sample for group in groups for sample in group]
+    ages = [_token_ages(sample, version) for sample in samples]
+    oldest = Counter(max(sample_ages) for sample_ages in ages if sample_ages)
+    total = _sum_over_ranks(
+        _batch_sums(groups)
+        | {"age": sum(age * count for counts in ages for age, count in counts.items())}
+        | _histogram("staleness_share", sum(ages, Counter()))
+        | _histogram("oldest_token_share", oldest)
+        | _lost_sums(lost)
     )
-    extremes = dist.gather((max(lengths, default=0), max(staleness, default=0)))
+    longest = max((sample.response_length for sample in samples), default=0)
+    extremes = dist.gather((longest, max(oldest, default=0)))
+    num_samples, num_tokens = total["samples"], total["tokens"]
     return {
-        "rollout/reward": _ratio(rewards, count),
-        "rollout/response_length": _ratio(num_tokens, count),
+        "rollout/reward": _ratio(total["reward"], num_samples),
+        "rollout/response_length": _ratio(num_tokens, num_samples),
         "rollout/response_length_max": float(max(length for length, _ in extremes)),
-        "rollout/truncated_share": _ratio(truncated, count),
-        "rollout/staleness_mean": _ratio(lag, num_tokens),
+        "rollout/truncated_share": _ratio(total["truncated"], num_samples),
+        "rollout/staleness_mean": _ratio(total["age"], num_tokens),
         "rollout/staleness_max": float(max(age for _, age in extremes)),
+        **_shares("staleness_share", total),
+        **_shares("oldest_token_share", total),
         "rollout/tokens": num_tokens,
-        "groups/constant_share": _ratio(constant, num_groups),
-        "groups/rejected": losses[0],
-        "groups/failed": losses[1],
+        "groups/constant_share": _ratio(total["constant"], total["groups"]),
+        "groups/rejected": total["rejected"],
+        "groups/failed": total["failed"],
+        "groups/too_old": total["too_old"],
+        "lost/response_length": _ratio(total["lost_length"], total["lost_groups"]),
+        "lost/reward": _ratio(total["lost_reward"], total["lost_groups"]),
     }
 
 
@@ -286,6 +290,56 @@ class MetricLogger:
             plot_curve(self.out_dir)
         except Exception as error:  # a picture is no reason to fail a run that is done
             warn(f"curve.png could not be drawn ({type(error).__name__}: {error}).")
+
+
+def _token_ages(sample: Trajectory, version: int) -> Counter[int]:
+    """How many sampled tokens are so many versions old."""
+    sampled_by = zip(sample.versions, sample.loss_mask, strict=True)
+    return Counter(version - sampler for sampler, is_sampled in sampled_by if is_sampled)
+
+
+def _batch_sums(groups: list[list[Trajectory]]) -> dict[str, float]:
+    samples = [sample for group in groups for sample in group]
+    return {
+        "groups": len(groups),
+        "samples": len(samples),
+        "tokens": sum(sample.response_length for sample in samples),
+        "reward": sum(sample.reward for sample in samples),
+        "truncated": sum(sample.finish_reason == "length" for sample in samples),
+        "constant": sum(len({sample.reward for sample in group}) == 1 for group in groups),
+    }
+
+
+def _lost_sums(lost: Sequence[LostRow]) -> dict[str, float]:
+    rejected = sum(row.reason == "rejected" for row in lost)
+    too_old = sum(row.reason == "too old" for row in lost)
+    rewards = [row.reward for row in lost if row.reward is not None]
+    lengths = [row.response_length for row in lost if row.response_length is not None]
+    return {
+        "rejected": rejected,
+        "failed": len(lost) - rejected - too_old,
+        "too_old": too_old,
+        "lost_groups": len(rewards),
+        "lost_reward": sum(rewards),
+        "lost_length": sum(lengths),
+    }
+
+
+def _histogram(name: str, counts: Counter[int]) -> dict[str, float]:
+    """How many there are of each of `AGES`; the last one takes all that are older."""
+    counted = [counts[age] for age in range(len(AGES) - 1)]
+    numbers = [*counted, counts.total() - sum(counted)]
+    return {f"{name}_{age}": float(number) for age, number in zip(AGES, numbers, strict=True)}
+
+
+def _shares(name: str, total: dict[str, float]) -> dict[str, float]:
+    """The histogram of this name, divided by its sum."""
+    counts = {key: total[key] for key in (f"{name}_{age}" for age in AGES)}
+    return {f"rollout/{key}": _ratio(count, sum(counts.values())) for key, count in counts.items()}
+
+
+def _sum_over_ranks(sums: dict[str, float]) -> dict[str, float]:
+    return dict(zip(sums, dist.sum(list(sums.values())), strict=True))
 
 
 def _ratio(total: float, count: float) -> float:

@@ -8,8 +8,9 @@ and so on; `read_rollouts` reads them all. One line, for a two-token answer to a
      "reward": 1.0, "finish_reason": "stop", "temperature": 1.0, "text": "34<end>"}
 
 `version` is the training step that consumed it, counted as in metrics.jsonl. Rows whose episode
-was rejected or failed are in `lost.jsonl`, `lost.rank1.jsonl`, ..., each with its reason, so that
-every row of the order is either in a step or explained.
+was rejected, failed or given up as too old are in `lost.jsonl`, `lost.rank1.jsonl`, ..., each with
+its reason, so that every row of the order is either in a step or explained. A group that had
+finished before it got too old also has its mean `response_length` and `reward`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -45,12 +46,14 @@ class RolloutLine(msgspec.Struct):
     text: str | None
 
 
-class LostLine(msgspec.Struct):
+class LostLine(msgspec.Struct, omit_defaults=True):
     """One row that was started and is not trained on."""
 
     version: int
     row_index: int
     reason: str
+    response_length: float | None = None
+    reward: float | None = None
 
 
 class RolloutLog:
@@ -102,9 +105,7 @@ class RolloutLog:
             [self._line(version, trajectory) for group in groups for trajectory in group]
         )
         if lost:
-            self._lost_lines.append(
-                [LostLine(version=version, row_index=row.place, reason=row.reason) for row in lost]
-            )
+            self._lost_lines.append([_lost_line(version, row) for row in lost])
 
     def _line(self, version: int, trajectory: Trajectory) -> RolloutLine:
         return RolloutLine(
@@ -133,8 +134,18 @@ def read_rollouts(out_dir: str | Path) -> Iterator[dict[str, Any]]:
 
 
 def read_lost(out_dir: str | Path) -> Iterator[dict[str, Any]]:
-    """The rows that were rejected or failed, of all ranks; `reason` says why."""
+    """The rows that were rejected, failed or got too old, of all ranks; `reason` says which."""
     return _read_all(out_dir, "lost")
+
+
+def _lost_line(version: int, row: LostRow) -> LostLine:
+    return LostLine(
+        version=version,
+        row_index=row.place,
+        reason=row.reason,
+        response_length=row.response_length,
+        reward=row.reward,
+    )
 
 
 def _read_all(out_dir: str | Path, kind: str) -> Iterator[dict[str, Any]]:

@@ -1,35 +1,48 @@
 """Which row starts when, and which groups make up a training batch: one pure state machine.
 
-A run is an endless line of slots; training step v consumes slots [v * batch, (v + 1) * batch).
-A slot may start once `slot < (version + max_staleness + 1) * batch`: whatever the timing, its
-group is then at most `max_staleness` versions old when it is trained on. A slot that loses its
-group takes the next row. No threads, no clock, no network here.
+The rows of a run form a line. Training step v consumes B groups of it, B being the batch. A row
+starts under the weights of some version u; the age of its group is v - u, and never more than
+`max_staleness`, whatever the timing. What a batch is made of is a choice:
+
+    fifo     the B groups at the front of the line, once they have finished: which rows a step
+             trains on does not depend on timing; a slow group holds up its batch.
+    window   the first B of the line that have finished, as soon as all others can still be
+             trained on in time: a slow group is waited for only at its last chance. Half as many
+             groups run ahead as in fifo, so the mean age is half of it.
+    ready    the B groups that finished first: nothing waits for a slow group; what got too old
+             is given up, and that is what takes long to generate.
+
+A row that is rejected, failed or given up leaves the line, and those behind it move up; the caller
+records it. No threads, no clock, no network here.
 """
 
 import heapq
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from arealite.types import Cursor
 
 Group = TypeVar("Group")
+Order = Literal["fifo", "window", "ready"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, order=True, slots=True)
 class Ticket:
-    """Leave to start one episode."""
+    """Leave to run one episode. Tickets of one rank sort in the order in which they started."""
 
-    slot: int  # its place in training
-    place: int  # its row's place in the run's order
+    place: int  # of its row in the run's order; no two tickets of a run have the same
+    version: int  # of the weights it starts under
 
 
 class Admission(Generic[Group]):
-    """First in, first out, for one rank out of `world_size`.
+    """The line of one rank out of `world_size`.
 
     Args:
         batch: groups that this rank contributes to a training step.
+        max_staleness: the greatest age of a group when it is trained on, in versions.
         max_running: episodes at the same time.
         start: where the run stands; its places belong to all ranks together.
+        order: what a batch is made of, see above.
     """
 
     def __init__(
@@ -39,66 +52,110 @@ class Admission(Generic[Group]):
         max_staleness: int,
         max_running: int,
         start: Cursor,
+        order: Order = "fifo",
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         self._batch = batch
         self._max_staleness = max_staleness
         self._max_running = max_running
-        self._step = start.version
-        self._next_slot = start.version * batch
-        self._lost_slots: list[int] = []
-        self._pending = list(start.pending[rank::world_size])
+        self._order: Order = order
+        # Groups can overtake each other only where fewer are under way than may be in time.
+        most_ahead = max_staleness * batch
+        self._num_ahead = (most_ahead + 1) // 2 if order == "window" else most_ahead
+        self._step = start.version  # that takes the next batch
+        # A rank keeps its rows when the run continues, so that its batches stay the same.
+        self._pending = [p for p in start.pending if (p - start.next_row) % world_size == rank]
         self._next_place = start.next_row + rank
         self._stride = world_size
-        self._running: dict[int, int] = {}  # slot -> place
-        self._done: dict[int, tuple[int, Group]] = {}  # slot -> place and group
+        self._running: dict[Ticket, None] = {}  # in the order of the line
+        self._done: dict[Ticket, Group] = {}  # the first to finish first
 
     def start(self, version: int) -> Ticket | None:
-        """The next episode that may start under weights `version`, if any may."""
-        if len(self._running) >= self._max_running:
-            return None
-        if self._lost_slots:
-            slot = heapq.heappop(self._lost_slots)
-        elif self._next_slot < (version + self._max_staleness + 1) * self._batch:
-            slot, self._next_slot = self._next_slot, self._next_slot + 1
-        else:
-            return None
-        self._running[slot] = self._take_place()
-        return Ticket(slot=slot, place=self._running[slot])
+        """The next episode that may start under weights `version`, if any may.
 
-    def accept(self, slot: int, group: Group) -> None:
-        """The episode of this slot has given its group."""
-        self._done[slot] = (self._running.pop(slot), group)
+        At most so many are under way that the steps up to `version + max_staleness` take them all.
+        """
+        most_under_way = (version + 1 - self._step) * self._batch + self._num_ahead
+        num_under_way = len(self._running) + len(self._done)
+        if len(self._running) >= self._max_running or num_under_way >= most_under_way:
+            return None
+        ticket = Ticket(place=self._take_place(), version=version)
+        self._running[ticket] = None
+        return ticket
 
-    def lose(self, slot: int) -> None:
-        """The episode was rejected or failed: the slot waits for the next row."""
-        del self._running[slot]
-        heapq.heappush(self._lost_slots, slot)
+    def accept(self, ticket: Ticket, group: Group) -> bool:
+        """Keep the group of an episode; False, and nothing else, if it was given up before."""
+        is_kept = self.lose(ticket)
+        if is_kept:
+            self._done[ticket] = group
+        return is_kept
+
+    def lose(self, ticket: Ticket) -> bool:
+        """Forget an episode without a group; False, and nothing else, if it was given up before."""
+        if ticket not in self._running:
+            return False
+        del self._running[ticket]
+        return True
+
+    def give_up_too_old(self) -> list[tuple[Ticket, Group | None]]:
+        """Forget what no step may train on any more; the group is None where it still runs.
+
+        Only `order="ready"` has any. The caller ends the episodes; what they return is not kept.
+        """
+        running = [ticket for ticket in self._running if self._is_too_old(ticket)]
+        done = [ticket for ticket in self._done if self._is_too_old(ticket)]
+        for ticket in running:
+            del self._running[ticket]
+        return [*((t, None) for t in running), *((t, self._done.pop(t)) for t in done)]
 
     def take(self) -> list[Group] | None:
-        """The groups of the next training step, in slot order; None until all are there."""
-        slots = range(self._step * self._batch, (self._step + 1) * self._batch)
-        if not all(slot in self._done for slot in slots):
+        """The groups of the next training step; None until they are there."""
+        tickets = self._next_batch()
+        if tickets is None:
             return None
         self._step += 1
-        return [self._done.pop(slot)[1] for slot in slots]
+        return [self._done.pop(ticket) for ticket in tickets]
 
     def unconsumed(self) -> tuple[int, list[int]]:
-        """The first place never started, and the earlier ones not yet trained on."""
-        places = [place for place, _ in self._done.values()]
-        return self._next_place, sorted([*places, *self._running.values(), *self._pending])
+        """The first place never started, and the earlier ones not yet trained on or lost."""
+        under_way = [ticket.place for ticket in (*self._running, *self._done)]
+        return self._next_place, sorted([*under_way, *self._pending])
 
     def waiting_for(self) -> str:
         """In words, what the next batch lacks."""
-        slots = range(self._step * self._batch, (self._step + 1) * self._batch)
-        missing = [slot for slot in slots if slot not in self._done]
-        running = [self._running[slot] for slot in missing if slot in self._running]
+        places = [ticket.place for ticket in self._running]
         return (
-            f"step {self._step} has {self._batch - len(missing)} of {self._batch} groups; "
-            f"{len(running)} of the others are running (rows at places {running[:8]}), "
-            f"{len(missing) - len(running)} have not started"
+            f"step {self._step} needs {self._batch} groups; finished: {len(self._done)}, "
+            f"running: {len(places)} (the oldest are the rows at places {places[:8]})"
         )
+
+    def _next_batch(self) -> list[Ticket] | None:
+        """What the next training step consumes, if it may begin."""
+        if self._order == "ready":
+            tickets = [t for t in self._done if not self._is_too_old(t)][: self._batch]
+        else:
+            tickets = heapq.nsmallest(self._batch, self._done)
+        if len(tickets) < self._batch:
+            return None
+        if self._order == "fifo" and any(running < tickets[-1] for running in self._running):
+            return None
+        if self._order == "window" and not self._can_wait(set(tickets)):
+            return None
+        return tickets
+
+    def _can_wait(self, tickets: set[Ticket]) -> bool:
+        """Whether all but these can be trained on in time if the next step consumes these."""
+        under_way = (*self._running, *self._done)
+        versions = sorted(ticket.version for ticket in under_way if ticket not in tickets)
+        # The n-th oldest has at most n before it, and a batch for each step until it is too old.
+        return all(
+            n < (version + self._max_staleness - self._step) * self._batch
+            for n, version in enumerate(versions)
+        )
+
+    def _is_too_old(self, ticket: Ticket) -> bool:
+        return ticket.version + self._max_staleness < self._step
 
     def _take_place(self) -> int:
         if self._pending:

@@ -4,18 +4,19 @@
     next_batch() <── groups in order ── episodes, as many at once as admission allows
     push_weights ── engine.version ──>  admission: how far ahead of training it may run
 
-Nothing is lost in silence: a row whose episode fails or is rejected is recorded in `lost` with its
-reason, the next row takes its slot, and many failures raise in the main thread.
+Nothing is lost in silence: a row whose episode fails, is rejected or gets too old is recorded with
+its reason, the next row takes its place, and many failures raise in the main thread.
 """
 
 import asyncio
 import concurrent.futures
 import threading
 import time
-from collections import deque
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Self
+from statistics import fmean
+from typing import Self, get_args
 
 from arealite import background, dist
 from arealite.api import InferenceEngine, RolloutWorkflow
@@ -29,7 +30,7 @@ from arealite.errors import (
     RolloutError,
     TrajectoryError,
 )
-from arealite.rollout.admission import Admission, Ticket, merge_cursors
+from arealite.rollout.admission import Admission, Order, Ticket, merge_cursors
 from arealite.types import Cursor, LostRow, Row, Trajectory
 
 POLL_S = 0.01
@@ -46,6 +47,10 @@ class RolloutConfig:
     """Prompts in one training batch over all ranks; must divide by the number of ranks."""
     max_staleness: int = 2
     """How many weight versions a group may lag behind the policy in training; 0 is synchronous."""
+    order: Order = "fifo"
+    """What a batch is made of. `fifo`: the next rows in order, whatever the timing. `window`: rows
+    may overtake a slow one until its last chance; half the mean age. `ready`: what finished first;
+    what gets too old is dropped, long answers most. docs/staleness.md compares them."""
     max_running_prompts: int = 0
     """Prompts in flight over all ranks; 0: as many as max_staleness admits."""
     episode_timeout_s: float = 600.0
@@ -58,6 +63,8 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         check_at_least(self, "rollout", prompts_per_step=1, max_staleness=0, max_running_prompts=0)
         check_at_least(self, "rollout", episode_timeout_s=1e-3, batch_timeout_s=1e-3)
+        if self.order not in get_args(Order):
+            raise ConfigError(f"rollout.order={self.order!r} is none of {get_args(Order)}.")
         if not 0 <= self.max_failure_share <= 1:
             raise ConfigError(
                 f"rollout.max_failure_share={self.max_failure_share} must be between 0 and 1."
@@ -73,7 +80,7 @@ class RolloutConfig:
 
 
 class RolloutExecutor:
-    """Produces training batches in the order of the rows. Use it as a context manager.
+    """Produces training batches in the order of `cfg.order`. Use it as a context manager.
 
     Args:
         rows: the whole data set; this rank takes its share of the endless shuffled order.
@@ -108,21 +115,21 @@ class RolloutExecutor:
             max_staleness=cfg.max_staleness,
             max_running=cfg.max_running_prompts // ranks or batch * (cfg.max_staleness + 1),
             start=start or Cursor(),
+            order=cfg.order,
             rank=dist.rank(),
             world_size=ranks,
         )
         self._patience = 10 * batch + FAILURE_WINDOW  # rows in a row that may give nothing
         self._lost: list[LostRow] = []
-        self._recent_failures = deque[bool](maxlen=FAILURE_WINDOW)
-        self._lost_in_a_row = 0
-        self._first_failure: Exception | None = None
+        self._recent = deque[Exception | None](maxlen=FAILURE_WINDOW)  # None: did not fail
+        self._lost_since_a_group = Counter[str]()
         self._error: Exception | None = None
         self._changed = threading.Condition()
         self._closing = False
         self._future = background.submit(self._run())
 
     def next_batch(self) -> list[list[Trajectory]]:
-        """This rank's groups for the next training step, in the order of the rows.
+        """This rank's groups for the next training step.
 
         Raises:
             RolloutError: too many episodes failed, or all were rejected.
@@ -145,13 +152,18 @@ class RolloutExecutor:
         return groups
 
     def cursor(self, version: int) -> Cursor:
-        """Where the run stands after `version` training steps; a collective of all ranks."""
+        """Where the run stands after `version` training steps; a collective of all ranks.
+
+        A lost row counts as done with only once `take_lost` has returned it: whoever stops before
+        that has not recorded it, and meets it again.
+        """
         with self._changed:
-            part = self._admission.unconsumed()
-        return merge_cursors(version, dist.gather(part))
+            next_place, places = self._admission.unconsumed()
+            places += [row.place for row in self._lost]
+        return merge_cursors(version, dist.gather((next_place, places)))
 
     def take_lost(self) -> list[LostRow]:
-        """This rank's rows that were rejected or failed since the last call."""
+        """This rank's rows that were rejected, failed or got too old since the last call."""
         with self._changed:
             lost, self._lost = self._lost, []
         return lost
@@ -174,20 +186,30 @@ class RolloutExecutor:
         self.close()
 
     async def _run(self) -> None:
-        episodes = set[asyncio.Task[None]]()
+        episodes: dict[Ticket, asyncio.Task[None]] = {}
         try:
             while not self._closing:
+                for ticket in self._give_up_too_old():
+                    if ticket in episodes:
+                        episodes[ticket].cancel()
                 for ticket in self._tickets():
-                    episode = asyncio.create_task(self._run_episode(ticket))
-                    episodes.add(episode)
-                    episode.add_done_callback(episodes.discard)
+                    episodes[ticket] = asyncio.create_task(self._run_episode(ticket))
+                    episodes[ticket].add_done_callback(lambda _, ended=ticket: episodes.pop(ended))
                 await asyncio.sleep(POLL_S)
         except Exception as error:  # whatever it is, the main thread must not wait for ever
             self._fail(error)
         finally:
-            for episode in episodes:
+            running = list(episodes.values())
+            for episode in running:
                 episode.cancel()
-            await asyncio.gather(*episodes, return_exceptions=True)
+            await asyncio.gather(*running, return_exceptions=True)
+
+    def _give_up_too_old(self) -> list[Ticket]:
+        """Record what no step may train on any more; returns its tickets."""
+        with self._changed:
+            given_up = self._admission.give_up_too_old()
+            self._lost += [lost_row(ticket, "too old", group) for ticket, group in given_up]
+        return [ticket for ticket, _ in given_up]
 
     def _tickets(self) -> list[Ticket]:
         tickets: list[Ticket] = []
@@ -212,39 +234,47 @@ class RolloutExecutor:
     def _accept(self, ticket: Ticket, group: list[Trajectory]) -> None:
         labelled = [replace(trajectory, row_index=ticket.place) for trajectory in group]
         with self._changed:
-            self._recent_failures.append(False)
-            self._lost_in_a_row = 0
-            self._admission.accept(ticket.slot, labelled)
+            if not self._admission.accept(ticket, labelled):
+                return  # given up and recorded before: the episode did not let itself be cancelled
+            self._recent.append(None)
+            self._lost_since_a_group.clear()
             self._changed.notify_all()
 
     def _lose(self, ticket: Ticket, error: Exception | None) -> None:
         reason = f"failed: {describe(error)}" if error else "rejected"
         with self._changed:
-            self._lost.append(LostRow(place=ticket.place, reason=reason))
-            self._recent_failures.append(error is not None)
-            self._lost_in_a_row += 1
-            self._first_failure = self._first_failure or error
-            self._admission.lose(ticket.slot)
+            if self._closing or not self._admission.lose(ticket):
+                return  # cancelled, and this is what the episode made of it
+            self._lost.append(lost_row(ticket, reason))
+            self._recent.append(error)
+            self._lost_since_a_group[type(error).__name__ if error else reason] += 1
+        num_failed = sum(failure is not None for failure in self._recent)
         if isinstance(error, PromptTooLongError | ConfigError | DataError):
             self._fail(error)
-        elif sum(self._recent_failures) > self._cfg.max_failure_share * FAILURE_WINDOW:
+        elif num_failed > self._cfg.max_failure_share * FAILURE_WINDOW:
             self._fail(self._too_many_failures())
-        elif self._lost_in_a_row > self._patience:
-            self._fail(
-                RolloutError(
-                    f"{self._lost_in_a_row} rows in a row gave no group; the last was {reason}. "
-                    "Check what the workflow rejects."
-                )
-            )
+        elif self._lost_since_a_group.total() > self._patience:
+            self._fail(self._nothing_but_losses(ticket))
 
     def _too_many_failures(self) -> RolloutError:
+        failures = [failure for failure in self._recent if failure is not None]
         error = RolloutError(
-            f"{sum(self._recent_failures)} of the latest {len(self._recent_failures)} episodes "
-            f"failed, more than rollout.max_failure_share={self._cfg.max_failure_share} of "
-            f"{FAILURE_WINDOW}. The first: {describe(self._first_failure)}"
+            f"{len(failures)} of the latest {len(self._recent)} episodes failed "
+            f"({count_kinds(type(failure).__name__ for failure in failures)}), more than "
+            f"rollout.max_failure_share={self._cfg.max_failure_share} of {FAILURE_WINDOW}. "
+            f"The first: {describe(failures[0])}"
         )
-        error.__cause__ = self._first_failure
+        error.__cause__ = failures[0]
         return error
+
+    def _nothing_but_losses(self, latest: Ticket) -> RolloutError:
+        index = self._order[latest.place]
+        return RolloutError(
+            f"{self._lost_since_a_group.total()} rows in a row gave no group "
+            f"({count_kinds(self._lost_since_a_group.elements())}); the latest is row {index} of "
+            f"the data set, {self._rows[index]!r:.200}. Check what "
+            f"{type(self._workflow).__name__}.arun_episode rejects."
+        )
 
     def _fail(self, error: Exception) -> None:
         with self._changed:
@@ -314,6 +344,21 @@ def check_group(group: list[Trajectory], workflow: RolloutWorkflow) -> list[Traj
                 "Build trajectories with Transcript, from a prompt and a response."
             )
     return group
+
+
+def lost_row(ticket: Ticket, reason: str, group: Sequence[Trajectory] | None = None) -> LostRow:
+    """The record of a row that will not be trained on; with means if its group had finished."""
+    return LostRow(
+        place=ticket.place,
+        reason=reason,
+        response_length=fmean(sample.response_length for sample in group) if group else None,
+        reward=fmean(sample.reward for sample in group) if group else None,
+    )
+
+
+def count_kinds(kinds: Iterable[str]) -> str:
+    """How many there are of each, as "OSError 5, KeyError 2", the most frequent first."""
+    return ", ".join(f"{kind} {count}" for kind, count in Counter(kinds).most_common())
 
 
 def first_cause(error: Exception) -> Exception:

@@ -8,6 +8,8 @@
 Nothing the model produced is ever tokenized again.
 """
 
+import itertools
+
 from transformers import PreTrainedTokenizerBase
 
 from arealite.errors import DataError, TrajectoryError
@@ -19,12 +21,15 @@ Message = dict[str, str]
 # A message that no template rewrites, to find out what a template puts behind an answer.
 _PROBE = "arealite-probe"
 
+_next_conversation = itertools.count()
+
 
 class Transcript:
     """One conversation, from its first messages to a finished `Trajectory`."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> None:
         self._tokenizer = tokenizer
+        self._conversation = next(_next_conversation)
         self._reply: ModelResponse | None = None
         self._temperature: float | None = None
         text = _render(tokenizer, messages)
@@ -49,7 +54,9 @@ class Transcript:
                 f"{sampling.temperature}; the trainer applies one per trajectory."
             )
         self._temperature = sampling.temperature
-        return ModelRequest(token_ids=list(self._token_ids), sampling=sampling)
+        return ModelRequest(
+            token_ids=list(self._token_ids), sampling=sampling, conversation=self._conversation
+        )
 
     def add_response(self, response: ModelResponse) -> None:
         """Append what the policy sampled; these are the tokens to train on."""

@@ -1,12 +1,14 @@
-"""Whatever ends a run, its servers end too, and leave nothing behind."""
+"""Whatever ends a server, it comes back; whatever ends a run, its servers end and leave nothing."""
 
 import json
 import os
+import re
 import signal
+import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,9 +16,9 @@ import psutil
 import pytest
 
 from arealite.errors import ServerError
+from arealite.inference import supervisor
 from arealite.inference.server import _Supervisor
-from arealite.inference.transport import region_prefix
-from tests.inference.run_with_server import spec
+from tests.inference.run_with_server import segment_name, spec
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -24,9 +26,9 @@ REPOSITORY = Path(__file__).parents[2]
 class Run:
     """The run of `run_with_server`, seen from outside."""
 
-    def __init__(self, log_dir: Path) -> None:
+    def __init__(self, log_dir: Path, mode: str = "works") -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.inference.run_with_server", str(log_dir)],
+            [sys.executable, "-m", "tests.inference.run_with_server", str(log_dir), mode],
             cwd=REPOSITORY,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -34,16 +36,26 @@ class Run:
         )
         assert self.process.stdout
         # Some lines for people come first.
-        lines = iter(self.process.stdout.readline, b"")
-        ready = json.loads(next(line for line in lines if line.startswith(b"{")))
+        self.lines = iter(self.process.stdout.readline, b"")
+        ready = json.loads(next(line for line in self.lines if line.startswith(b"{")))
         self.owner: int = ready["owner"]
         self.family: list[int] = ready["family"]
         self.port = urlsplit(ready["addresses"][0]).port
 
+    def server(self) -> psutil.Process:
+        """The fake server that listens now."""
+        for process in psutil.Process(self.owner).children():
+            if any("fake_server" in part for part in process.cmdline()):
+                return process
+        raise AssertionError("no server")
+
+    def read_until(self, pattern: bytes) -> bytes:
+        return next(line for line in self.lines if re.search(pattern, line))
+
     def leftovers(self) -> list[str]:
         alive = [pid for pid in self.family if psutil.pid_exists(pid) and is_running(pid)]
         found = [f"process {pid}" for pid in alive]
-        found += [str(p) for p in Path("/dev/shm").glob(f"{region_prefix(self.process.pid)}*")]
+        found += [str(p) for p in Path("/dev/shm").glob(f"{segment_name(self.process.pid)}*")]
         connections = psutil.net_connections("inet")
         listening = {c.laddr.port for c in connections if c.status == psutil.CONN_LISTEN}
         return found + [f"port {port}" for port in listening & {self.port}]
@@ -57,15 +69,25 @@ def is_running(pid: int) -> bool:
 
 
 @pytest.fixture
-def run(tmp_path: Path) -> Iterator[Run]:
-    run = Run(tmp_path)
+def start(tmp_path: Path) -> Iterator[Callable[..., Run]]:
+    runs: list[Run] = []
+
+    def start_one(mode: str = "works") -> Run:
+        runs.append(Run(tmp_path, mode))
+        return runs[-1]
+
+    yield start_one
+    for run in runs:
+        run.process.kill()
+        run.process.communicate()
+        assert_nothing_is_left(run)
+
+
+@pytest.fixture
+def run(start: Callable[..., Run]) -> Run:
+    run = start()
     assert len(run.family) == 3, "supervisor, server and its child"
-    yield run
-    run.process.kill()
-    run.process.communicate()
-    for pid in run.family:
-        if psutil.pid_exists(pid) and is_running(pid):
-            os.kill(pid, signal.SIGKILL)
+    return run
 
 
 def assert_nothing_is_left(run: Run) -> None:
@@ -83,18 +105,53 @@ def test_killing_the_run_ends_its_servers(run: Run):
 
 def test_killing_the_supervisor_ends_the_servers_and_the_run(run: Run):
     os.kill(run.owner, signal.SIGKILL)
-    assert run.process.wait(10) == 1
+    assert run.process.wait(15) == 1
     assert run.process.stderr
     assert b"error: The server supervisor was killed" in run.process.stderr.read()
     assert_nothing_is_left(run)
 
 
-def test_killing_the_server_ends_the_run_with_the_reason(run: Run):
-    server = next(pid for pid in run.family if "works" in psutil.Process(pid).cmdline())
-    os.kill(server, signal.SIGKILL)
-    assert run.process.wait(10) == 1
+def test_a_killed_server_is_started_again_on_its_port_without_what_it_left(run: Run):
+    server = run.server()
+    orphan = next(pid for pid in run.family if pid not in (run.owner, server.pid))
+    killed_s = time.monotonic()
+    server.kill()
+    assert b"killed by signal 9" in run.read_until(b"warning: ")
+    while is_running(orphan):
+        assert time.monotonic() < killed_s + 5
+        time.sleep(0.02)
+    assert f":{run.port} serves again".encode() in run.read_until(b"serves again")
+    assert run.server().pid != server.pid
+
+
+def test_a_server_that_hangs_is_killed_and_started_again(run: Run):
+    server = run.server()
+    server.suspend()
+    stopped_s = time.monotonic()
+    assert b"did not answer for" in run.read_until(b"warning: ")
+    assert time.monotonic() - stopped_s < 8
+    run.read_until(b"serves again")
+    assert run.server().pid != server.pid
+
+
+def test_a_server_that_stalls_for_a_moment_is_left_alone(run: Run):
+    server = run.server()
+    server.suspend()
+    time.sleep(1.5)
+    server.resume()
+    time.sleep(4)
+    assert run.server().pid == server.pid
+
+
+def test_a_server_that_dies_again_and_again_ends_the_run_with_its_log(start: Callable[..., Run]):
+    run = start("dies soon")
+    assert run.process.wait(30) == 1
     assert run.process.stderr
-    assert b"error: The vLLM server was killed by signal 9" in run.process.stderr.read()
+    message = run.process.stderr.read().decode()
+    assert re.search(
+        r"(?s)error: http://\S+ died 3 times within 10 min.*killed by signal 6", message
+    )
+    assert "server-0.log ends:" in message
     assert_nothing_is_left(run)
 
 
@@ -106,3 +163,16 @@ def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path):
 def test_a_server_that_never_answers_is_given_up_at_the_deadline(tmp_path: Path):
     with pytest.raises(ServerError, match=r"not ready within 1 s. Raise server.startup_timeout_s"):
         _Supervisor(spec(str(tmp_path), "silent", startup_timeout_s=1), startup_timeout_s=1)
+
+
+def test_a_port_taken_between_the_choice_and_the_start_is_replaced_by_another(tmp_path: Path):
+    running = _Supervisor(spec(str(tmp_path), "port taken once"), startup_timeout_s=20)
+    assert (tmp_path / "marker").exists()
+    running.close()
+
+
+def test_a_port_that_somebody_listens_on_is_named_with_its_owner():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert supervisor._listener(port) == f"process {os.getpid()}"
+    assert supervisor._listener(port) == ""

@@ -13,7 +13,13 @@ from arealite import dist
 from arealite.errors import ConfigError
 from arealite.observe import metrics as metrics_module
 from arealite.observe import sinks
-from arealite.observe.metrics import MetricLogger, read_metrics, rollout_metrics, train_metrics
+from arealite.observe.metrics import (
+    AGES,
+    MetricLogger,
+    read_metrics,
+    rollout_metrics,
+    train_metrics,
+)
 from arealite.types import FinishReason, LostRow, StepStats, Trajectory
 from tests.observe.ranks import run_on_two_ranks
 
@@ -83,26 +89,57 @@ STATS = StepStats(
 )
 
 
+LOST = [
+    LostRow(place=3, reason="rejected"),
+    LostRow(place=4, reason="failed: OSError"),
+    LostRow(place=5, reason="failed: KeyError: 'answer'"),
+    LostRow(place=6, reason="too old"),
+    LostRow(place=7, reason="too old", response_length=9.0, reward=0.25),
+    LostRow(place=8, reason="too old", response_length=5.0, reward=0.0),
+]
+
+
 def test_rollout_metrics_of_a_batch_computed_by_hand():
-    lost = [LostRow(place=3, reason="rejected"), LostRow(place=4, reason="failed: OSError")]
-    assert rollout_metrics(GROUPS, version=5, lost=[*lost, lost[1]]) == {
+    assert rollout_metrics(GROUPS, version=5, lost=LOST) == {
         "rollout/reward": 3 / 5,
         "rollout/response_length": 10 / 5,
         "rollout/response_length_max": 4.0,
         "rollout/truncated_share": 1 / 5,
         "rollout/staleness_mean": (2 + 1 + 1) / 10,
         "rollout/staleness_max": 2.0,
+        "rollout/staleness_share_0": 7 / 10,
+        "rollout/staleness_share_1": 2 / 10,
+        "rollout/staleness_share_2": 1 / 10,
+        "rollout/staleness_share_3": 0.0,
+        "rollout/staleness_share_4_or_more": 0.0,
+        "rollout/oldest_token_share_0": 3 / 5,
+        "rollout/oldest_token_share_1": 1 / 5,
+        "rollout/oldest_token_share_2": 1 / 5,
+        "rollout/oldest_token_share_3": 0.0,
+        "rollout/oldest_token_share_4_or_more": 0.0,
         "rollout/tokens": 10.0,
         "groups/constant_share": 2 / 3,
         "groups/rejected": 1.0,
         "groups/failed": 2.0,
+        "groups/too_old": 3.0,
+        "lost/response_length": (9 + 5) / 2,
+        "lost/reward": (0.25 + 0) / 2,
     }
+
+
+def test_the_last_share_of_staleness_holds_all_that_is_older():
+    values = rollout_metrics([[trajectory(1.0, [9, 7, 6, 5, 0])]], version=9)
+    shares = [values[f"rollout/staleness_share_{age}"] for age in AGES]
+    assert shares == [1 / 5, 0.0, 1 / 5, 1 / 5, 2 / 5]
+    assert values["rollout/oldest_token_share_4_or_more"] == 1.0
 
 
 def test_a_batch_of_nothing_has_no_means():
     values = rollout_metrics([], version=5)
     assert math.isnan(values["rollout/reward"])
     assert math.isnan(values["groups/constant_share"])
+    assert math.isnan(values["rollout/staleness_share_0"])
+    assert math.isnan(values["lost/reward"])
     assert values["rollout/tokens"] == 0.0
 
 
@@ -110,11 +147,13 @@ def test_a_response_without_a_token_counts_with_length_zero():
     values = rollout_metrics([[trajectory(1.0, []), trajectory(0.0, [5, 5])]], version=5)
     assert values["rollout/response_length"] == 1.0
     assert values["rollout/staleness_mean"] == 0.0
+    assert values["rollout/oldest_token_share_0"] == 1.0
 
 
 def metrics_of_a_share(folder: Path) -> dict[str, Any]:
     share = GROUPS[:1] if dist.rank() == 0 else GROUPS[1:]
-    values: dict[str, Any] = rollout_metrics(share, version=5)
+    lost = LOST[: 3 * dist.rank() + 3]
+    values: dict[str, Any] = rollout_metrics(share, version=5, lost=lost)
     with MetricLogger(folder / "run", Config()) as logger:
         logger.log(1, values)
         values["summary"] = logger.summary()
@@ -128,7 +167,7 @@ def metrics_of_a_share(folder: Path) -> dict[str, Any]:
 def test_two_ranks_get_the_values_of_the_whole_batch_and_rank_0_writes_them(tmp_path: Path):
     ranks = run_on_two_ranks(metrics_of_a_share, tmp_path)
     for values in ranks:
-        assert values.items() >= rollout_metrics(GROUPS, version=5).items()
+        assert values.items() >= rollout_metrics(GROUPS, version=5, lost=LOST[:3] + LOST).items()
         assert "Set out_dir to a folder" in values["error"]
     assert ranks[0]["summary"]["reward_first"] == 3 / 5
     assert ranks[1]["summary"] == {}

@@ -121,3 +121,17 @@ def test_a_row_that_was_given_up_is_written_with_its_reason(tmp_path: Path):
         {"version": 1, "row_index": 17, "reason": "failed: OSError: no luck"}
     ]
     assert len(list(read_rollouts(tmp_path))) == 1
+
+
+def test_a_finished_group_that_got_too_old_is_written_with_its_length_and_reward(tmp_path: Path):
+    lost = LostRow(place=17, reason="too old", response_length=812.5, reward=0.25)
+    RolloutLog(tmp_path).write(1, [], [lost])
+    assert list(read_lost(tmp_path)) == [
+        {
+            "version": 1,
+            "row_index": 17,
+            "reason": "too old",
+            "response_length": 812.5,
+            "reward": 0.25,
+        }
+    ]

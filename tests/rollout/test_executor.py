@@ -1,8 +1,11 @@
 """Rollouts beside a (pretended) training loop, against the scripted engine."""
 
 import asyncio
+import threading
 import time
+import traceback
 from collections.abc import Awaitable, Callable
+from itertools import count
 
 import pytest
 
@@ -16,7 +19,7 @@ from arealite.errors import (
 )
 from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episodes
 from arealite.testing import ScriptedEngine
-from arealite.types import Cursor, Row, Trajectory
+from arealite.types import Cursor, LostRow, Row, Trajectory
 
 ROWS: list[Row] = [{"id": i} for i in range(10)]
 Episode = Callable[[ScriptedEngine, Row], Awaitable[list[Trajectory] | None]]
@@ -49,7 +52,9 @@ async def answer(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
     return [trajectory(row, version=engine.version)]
 
 
-def executor(episode: Episode, *, start: Cursor | None = None, **cfg: float) -> RolloutExecutor:
+def executor(
+    episode: Episode, *, start: Cursor | None = None, **cfg: float | str
+) -> RolloutExecutor:
     settings: dict = {"prompts_per_step": 2, "max_staleness": 1} | cfg
     return RolloutExecutor(
         ScriptedEngine(replies=[]), Workflow(episode), ROWS, RolloutConfig(**settings), start=start
@@ -91,23 +96,48 @@ def test_no_group_is_older_than_max_staleness_when_one_episode_is_slow():
             rollouts._engine.version = version + 1
 
 
-def test_a_rejected_row_is_recorded_and_the_next_one_takes_its_place():
+def test_a_rejected_row_is_recorded_and_those_behind_it_move_up():
     async def reject_first(engine: ScriptedEngine, row: Row) -> list[Trajectory] | None:
         return None if row["id"] == first else await answer(engine, row)
 
     with executor(answer, prompts_per_step=1) as rollouts:
         first = rollouts.next_batch()[0][0].reward
     with executor(reject_first, max_staleness=0) as rollouts:
-        assert places(rollouts.next_batch()) == [2, 1]
+        assert places(rollouts.next_batch()) == [1, 2]
         assert [(row.place, row.reason) for row in rollouts.take_lost()] == [(0, "rejected")]
 
 
-def test_next_batch_raises_when_every_episode_raises():
-    async def broken(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
-        raise KeyError("missing")
+def test_too_many_failures_are_counted_by_kind_with_the_first_one_as_the_cause():
+    calls = count()
 
-    with executor(broken) as rollouts, pytest.raises(RolloutError, match="KeyError: 'missing'"):
+    async def broken(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        raise KeyError("missing") if next(calls) % 2 else OSError("no luck")
+
+    with executor(broken) as rollouts, pytest.raises(RolloutError) as raised:
         rollouts.next_batch()
+    assert str(raised.value).startswith("7 of the latest 7 episodes failed (OSError 4, KeyError 3)")
+    assert str(raised.value).endswith("The first: OSError: no luck")
+    assert isinstance(raised.value.__cause__, OSError)
+    assert traceback.extract_tb(raised.value.__cause__.__traceback__)[-1].name == "broken"
+
+
+def test_a_failure_of_long_ago_is_not_the_cause_of_many_today():
+    calls = count()
+
+    async def broken_at_first_and_at_last(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        call = next(calls)
+        if call == 0:
+            raise OSError("long ago")
+        if call > 70:
+            raise KeyError("today")
+        return await answer(engine, row)
+
+    with executor(broken_at_first_and_at_last, prompts_per_step=10, max_staleness=0) as rollouts:
+        for version in range(7):
+            rollouts.next_batch()
+            rollouts._engine.version = version + 1
+        with pytest.raises(RolloutError, match=r"7 of the latest 64 .* KeyError: 'today'"):
+            rollouts.next_batch()
 
 
 def test_a_single_failure_is_recorded_with_its_kind_and_training_goes_on():
@@ -122,11 +152,91 @@ def test_a_single_failure_is_recorded_with_its_kind_and_training_goes_on():
 
 
 def test_a_workflow_that_rejects_everything_ends_in_a_diagnosis():
-    async def reject(engine: ScriptedEngine, row: Row) -> None:
-        return None
+    calls = count()
 
-    with executor(reject) as rollouts, pytest.raises(RolloutError, match="what the workflow rej"):
+    async def reject(engine: ScriptedEngine, row: Row) -> None:
+        if next(calls) == 1:
+            raise OSError("no luck")
+
+    with executor(reject) as rollouts, pytest.raises(RolloutError) as raised:
         rollouts.next_batch()
+    assert "85 rows in a row gave no group (rejected 84, OSError 1)" in str(raised.value)
+    assert "of the data set, {'id': " in str(raised.value)
+    assert "Check what Workflow.arun_episode rejects" in str(raised.value)
+
+
+def test_a_window_lets_finished_rows_overtake_a_slow_one_until_its_last_chance():
+    calls, released = count(), threading.Event()
+
+    async def first_one_waits(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        if next(calls) == 0:
+            await wait_for(released.is_set)
+        return await answer(engine, row)
+
+    with executor(first_one_waits, order="window", max_staleness=2) as rollouts:
+        for version in range(2):
+            assert 0 not in places(rollouts.next_batch())
+            rollouts._engine.version = version + 1
+        released.set()
+        assert places(rollouts.next_batch())[0] == 0
+
+
+async def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
+@pytest.mark.parametrize("ends_in", ["cancelled", "answer", "error"])
+def test_ready_takes_the_first_to_finish_and_records_once_what_got_too_old(ends_in: str):
+    calls, has_ended = count(), threading.Event()
+
+    async def first_one_hangs(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        if next(calls) == 0:
+            try:
+                await asyncio.sleep(100)
+            except asyncio.CancelledError:
+                has_ended.set()
+                if ends_in == "error":
+                    raise OSError("in the middle of something") from None
+                if ends_in == "cancelled":
+                    raise
+        return await answer(engine, row)
+
+    with executor(first_one_hangs, order="ready") as rollouts:
+        for version in range(6):
+            assert 0 not in places(rollouts.next_batch())
+            rollouts._engine.version = version + 1
+            assert version == 0 or has_ended.wait(10)
+        assert [(row.place, row.reason) for row in rollouts.take_lost()] == [(0, "too old")]
+        assert 0 not in rollouts.cursor(6).pending
+
+
+def test_a_finished_group_that_got_too_old_is_recorded_with_its_length_and_reward():
+    calls, released = count(), threading.Event()
+
+    async def first_two_wait(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        if next(calls) < 2:
+            await wait_for(released.is_set)
+            return [trajectory(row, reward=0.0), trajectory(row, reward=0.5)]
+        return await answer(engine, row)
+
+    with executor(first_two_wait, order="ready") as rollouts:
+        assert places(rollouts.next_batch()) == [2, 3]
+        rollouts._engine.version = 1
+        asyncio.run(wait_for(lambda: len(rollouts._admission._done) == 2))
+        released.set()
+        asyncio.run(wait_for(lambda: len(rollouts._admission._done) == 4))
+        assert places(rollouts.next_batch()) == [4, 5]
+        asyncio.run(wait_for(lambda: len(rollouts._lost) == 2))
+        assert rollouts.take_lost() == [
+            LostRow(place=place, reason="too old", response_length=1.0, reward=0.25)
+            for place in (0, 1)
+        ]
+
+
+def test_an_order_that_does_not_exist_is_refused():
+    with pytest.raises(ConfigError, match=r"rollout.order='fastest' is none of \('fifo', "):
+        executor(answer, order="fastest")
 
 
 @pytest.mark.parametrize("kind", [PromptTooLongError, DataError])
@@ -145,7 +255,9 @@ def test_next_batch_says_what_it_waited_for():
 
     with (
         executor(hang, batch_timeout_s=0.1) as rollouts,
-        pytest.raises(DeadlineError, match=r"step 0 has 0 of 2 groups; 2 of the others are run"),
+        pytest.raises(
+            DeadlineError, match=r"step 0 needs 2 groups; finished: 0, running: 4 \(the oldest are"
+        ),
     ):
         rollouts.next_batch()
 
@@ -192,6 +304,33 @@ def test_a_resumed_run_continues_with_the_rows_that_were_not_consumed():
         cursor = rollouts.cursor(1)
     with executor(answer, prompts_per_step=4, start=cursor) as resumed:
         assert places(resumed.next_batch()) == [4, 5, 6, 7]
+
+
+def test_a_lost_row_is_met_again_by_a_run_that_was_killed_before_it_was_recorded():
+    calls = count()
+
+    async def reject_first(engine: ScriptedEngine, row: Row) -> list[Trajectory] | None:
+        return None if next(calls) == 0 else await answer(engine, row)
+
+    with executor(reject_first, max_staleness=0) as rollouts:
+        assert places(rollouts.next_batch()) == [1, 2]
+        assert rollouts.cursor(1) == Cursor(version=1, next_row=3, pending=(0,))
+        assert [row.place for row in rollouts.take_lost()] == [0]
+        assert rollouts.cursor(1) == Cursor(version=1, next_row=3)
+
+
+def test_what_an_episode_makes_of_being_cancelled_at_the_end_is_not_a_failure():
+    async def fail_when_cancelled(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        try:
+            await asyncio.sleep(100)
+        finally:
+            raise OSError("cut off")
+
+    with executor(fail_when_cancelled) as rollouts:
+        asyncio.run(wait_for(lambda: len(rollouts._admission._running) == 4))
+        time.sleep(0.05)
+    assert rollouts.take_lost() == []
+    assert rollouts.cursor(0).pending == (0, 1, 2, 3)
 
 
 def test_evaluation_keeps_the_order_of_the_rows():

@@ -1,0 +1,234 @@
+"""New weights for every server of a fleet, and for each that comes back without them.
+
+    pause ──> init, start, update ..., finish ──> commit ──> resume       all that serve, together
+                                        └──> a server that fails is left out, and synced alone later
+
+An update commits its version when every server that still serves has acknowledged all of it.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import msgspec
+import torch
+
+from arealite import background
+from arealite.errors import ServerError
+from arealite.inference.connection import Connection, NoConnectionError
+from arealite.inference.fleet import Fleet, Server
+from arealite.inference.transport import NamedWeights, Transport
+
+CONTROL_TIMEOUT_S = 120.0
+"""Limit of each single call that pauses, updates or resumes a server."""
+CANARY = {"token_ids": [1] * 8, "sampling_params": {"max_tokens": 2, "logprobs": 0}}
+"""At least eight tokens: a first prompt of one has been seen to kill a CPU worker."""
+
+Interrupt = Literal["keep", "drain"]
+Kv = Literal["recompute", "reuse"]
+
+
+class Snapshot:
+    """The weights of the last push in memory of their own, for servers that come back later."""
+
+    def __init__(self) -> None:
+        self.version = -1
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def renew(self, weights: NamedWeights, version: int) -> Iterator[tuple[str, torch.Tensor]]:
+        """The weights as they are copied; the version counts once all have been drawn."""
+        self.version = -1
+        seen: set[str] = set()
+        for name, tensor in weights:
+            kept = self._tensors.get(name)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = self._tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
+            kept.copy_(tensor.detach())
+            seen.add(name)
+            yield name, kept
+        self._tensors = {name: kept for name, kept in self._tensors.items() if name in seen}
+        self.version = version
+
+    def weights(self) -> NamedWeights:
+        return self._tensors.items()
+
+
+class Pusher:
+    """The one that changes what servers serve; only one update or sync at a time.
+
+    Args:
+        drain_timeout_s: limit of a pause that waits for running requests to end.
+        lost: called on the event loop with a server that is gone, and the reason.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        connections: dict[Server, Connection],
+        *,
+        interrupt: Interrupt,
+        kv: Kv,
+        drain_timeout_s: float,
+        lost: Callable[[Server, str], None],
+    ) -> None:
+        self._fleet = fleet
+        self._connections = connections
+        self._lost = lost
+        self._pause_path = _pause_path(interrupt, kv)
+        self._is_drained = interrupt == "drain"
+        self._pause_timeout_s = drain_timeout_s if self._is_drained else CONTROL_TIMEOUT_S
+        self._transport: Transport | None = None
+        self._introduced = set[Server]()  # servers that know the transport
+        self._snapshot = Snapshot()
+        self._turn = asyncio.Lock()
+
+    # --- Main thread ------------------------------------------------------------------------------
+
+    def pause(self) -> None:
+        """Stop the servers, as `interrupt` says; one that does not take part is left out."""
+        self._run(self._pause(), self._pause_timeout_s + CONTROL_TIMEOUT_S, "pausing the servers")
+
+    def push(self, weights: NamedWeights, version: int, transport: Transport) -> None:
+        """Give the weights to every server that takes part in the update."""
+        self._transport = transport
+        self._fleet.is_pusher = True
+        self._send(self._fleet.in_update(), self._snapshot.renew(weights, version), version)
+        self._run(self._commit(version), CONTROL_TIMEOUT_S, "committing a version")
+
+    def resume(self) -> None:
+        """Let the servers go on.
+
+        Raises:
+            ServerError: those that answer did not take the weights, and not when tried again.
+        """
+        self._run(self._resume(), CONTROL_TIMEOUT_S + 5, "resuming the servers")
+        if self._fleet.serving():
+            return
+        for server in self._fleet.servers:
+            self._run(self.sync(server), 8 * CONTROL_TIMEOUT_S, "a second try to push the weights")
+        states = {server.state for server in self._fleet.servers}
+        if "stale" in states and "serving" not in states:
+            raise ServerError(f"no server took the weights: {self._fleet.describe()}")
+
+    # --- Event loop -------------------------------------------------------------------------------
+
+    async def sync(self, server: Server) -> None:
+        """Give the committed weights to one server alone; it stays stale where that fails."""
+        async with self._turn:
+            version = self._fleet.version
+            if server.state != "stale" or not 0 <= version == self._snapshot.version:
+                return
+            if await asyncio.to_thread(self._sync, server, version) and server.state == "stale":
+                self._fleet.synced(server, version)
+
+    def forget(self, server: Server) -> None:
+        """The server is gone: what comes back in its place knows nothing."""
+        self._introduced.discard(server)
+
+    async def _pause(self) -> None:
+        await self._turn.acquire()
+        try:
+            servers = self._fleet.begin_update(is_drained=self._is_drained)
+            await self._each(servers, self._pause_path, {}, self._pause_timeout_s)
+        except BaseException:
+            self._fleet.end_update()
+            self._turn.release()
+            raise
+
+    async def _commit(self, version: int) -> None:
+        self._fleet.commit(version)
+
+    async def _resume(self) -> None:
+        try:
+            await self._each(self._fleet.in_update(), "/resume", {}, CONTROL_TIMEOUT_S)
+        finally:
+            self._fleet.end_update()
+            if self._turn.locked():
+                self._turn.release()
+
+    # --- Main thread, or a thread of `sync` -------------------------------------------------------
+
+    def _sync(self, server: Server, version: int) -> bool:
+        """Whether the server has the weights and generates with them."""
+        # Paused also when nobody asks it: an update under a running request kills the engine.
+        return bool(
+            self._post_each([server], _pause_path("keep", "recompute"), {})
+            and self._send([server], self._snapshot.weights(), version)
+            and self._post_each([server], "/resume", {})
+            and self._post_each([server], "/inference/v1/generate", CANARY)
+        )
+
+    def _send(self, servers: list[Server], weights: NamedWeights, version: int) -> list[Server]:
+        """The servers that acknowledged every part; the others are stale or down."""
+        assert self._transport is not None
+        left = self._run(self._open(servers), 4 * CONTROL_TIMEOUT_S, "opening a weight update")
+        for update in self._transport.updates(weights):
+            left = self._post_each(left, "/update_weights", {"update_info": update})
+        return self._post_each(left, "/finish_weight_update", {"weight_version": str(version)})
+
+    def _post_each(self, servers: list[Server], path: str, body: dict[str, Any]) -> list[Server]:
+        if not servers:
+            return []
+        calls = self._each(servers, path, body, CONTROL_TIMEOUT_S)
+        return self._run(calls, CONTROL_TIMEOUT_S + 5, f"{path} on {len(servers)} servers")
+
+    async def _open(self, servers: list[Server]) -> list[Server]:
+        assert self._transport is not None
+        new = [server for server in servers if server not in self._introduced]
+        info = {"init_info": self._transport.init_info()}
+        known = await self._each(new, "/init_weight_transfer_engine", info, CONTROL_TIMEOUT_S)
+        self._introduced |= set(known)
+        ready = [server for server in servers if server in self._introduced]
+        outcomes = await asyncio.gather(*map(self._open_one, ready))
+        return [server for server, is_open in zip(ready, outcomes, strict=True) if is_open]
+
+    async def _open_one(self, server: Server) -> bool:
+        """Start an update; first close the one that a trainer may have left open when it died."""
+        try:
+            await self._post(server, "/start_weight_update", {}, CONTROL_TIMEOUT_S)
+        except ServerError:
+            abandon = {"update_info": {"is_abandoned": True}}
+            with contextlib.suppress(ServerError):  # its failure is what closes the update
+                await self._post(server, "/update_weights", abandon, CONTROL_TIMEOUT_S)
+            return bool(await self._each([server], "/start_weight_update", {}, CONTROL_TIMEOUT_S))
+        return True
+
+    async def _each(
+        self, servers: list[Server], path: str, body: dict[str, Any], limit_s: float
+    ) -> list[Server]:
+        """The servers that answered; the others have missed the update."""
+        outcomes = await asyncio.gather(
+            *(self._post(server, path, body, limit_s) for server in servers),
+            return_exceptions=True,
+        )
+        answered: list[Server] = []
+        for server, outcome in zip(servers, outcomes, strict=True):
+            if not isinstance(outcome, BaseException):
+                answered.append(server)
+            elif isinstance(outcome, NoConnectionError):
+                self._lost(server, str(outcome))
+            elif isinstance(outcome, ServerError):
+                self._fleet.missed_update(server, str(outcome))
+            else:
+                raise outcome
+        return answered
+
+    async def _post(self, server: Server, path: str, body: dict[str, Any], limit_s: float) -> None:
+        content = msgspec.json.encode(body)
+        try:
+            await self._connections[server].post(path, content, limit_s=limit_s)
+        except NoConnectionError:
+            # A kept connection may break just when it is used again; a dead server refuses twice.
+            await asyncio.sleep(0.1)
+            await self._connections[server].post(path, content, limit_s=limit_s)
+
+    def _run(self, coroutine: Any, timeout_s: float, what: str) -> Any:
+        return background.run(coroutine, timeout_s=timeout_s, what=what)
+
+
+def _pause_path(interrupt: Interrupt, kv: Kv) -> str:
+    # Documented as ignored for keep; it is not: true recomputes the KV of running requests.
+    clear_cache = "true" if kv == "recompute" or interrupt == "drain" else "false"
+    mode = "wait" if interrupt == "drain" else "keep"
+    return f"/pause?mode={mode}&clear_cache={clear_cache}"

@@ -1,0 +1,116 @@
+"""What arealite adds to the HTTP side of a vLLM server, through its `--middleware` option.
+
+A token on every path (vLLM's own `--api-key` leaves /pause, /collective_rpc and others open), an
+end to pauses whose trainer has died, and /arealite/model. Pure ASGI: no framework is needed.
+"""
+
+import asyncio
+import hmac
+import json
+import os
+import time
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+
+from arealite.inference.tokens import CLIENT_HEADER, TOKEN
+
+Scope = MutableMapping[str, Any]
+App = Callable[[Scope, Any, Any], Awaitable[None]]
+
+OPEN_PATH = "/health"
+LEASE_S = 20.0
+"""A pause ends when the client that asked for it has not been heard of for so long."""
+UNFINISHED = "unfinished-update"
+"""Weight version of a server whose update lost its trainer: no client takes it for a push."""
+
+
+class Guard:
+    """ASGI middleware, made by vLLM once per server."""
+
+    def __init__(self, app: App) -> None:
+        self._app = app
+        self._token = os.environ.get(TOKEN, "")
+        self._pauser = b""  # the client that paused the server, or updates it
+        self._heard_s = 0.0
+        self._is_update_open = False
+        self._lease: asyncio.Task[None] | None = None
+
+    async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            return await self._app(scope, receive, send)
+        headers = dict(scope["headers"])
+        if not self._is_allowed(scope["path"], headers.get(b"authorization", b"")):
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close", "code": 1008})
+            return await _answer(send, 401, {"error": "This server asks for a token."})
+        if scope["path"] == "/arealite/model":
+            return await _answer(send, 200, _describe_model(scope["app"]))
+        self._follow(scope, headers.get(CLIENT_HEADER.lower().encode(), b""))
+        await self._app(scope, receive, send)
+
+    def _is_allowed(self, path: str, authorization: bytes) -> bool:
+        if not self._token or path == OPEN_PATH:
+            return True
+        return hmac.compare_digest(authorization, f"Bearer {self._token}".encode())
+
+    def _follow(self, scope: Scope, client: bytes) -> None:
+        """Keep track of who holds the server paused, and begin to watch for its end."""
+        if client and client == self._pauser:
+            self._heard_s = time.monotonic()
+        match scope["method"], scope["path"]:
+            case "POST", "/pause" if client:
+                self._pauser, self._heard_s = client, time.monotonic()
+                if self._lease is None or self._lease.done():
+                    self._lease = asyncio.create_task(self._watch(dict(scope)))
+            case "POST", "/start_weight_update":
+                self._is_update_open = True
+            case "POST", "/finish_weight_update":
+                self._is_update_open = False
+            case "POST", "/resume":
+                self._pauser = b""
+
+    async def _watch(self, scope: Scope) -> None:
+        """Undo what a dead client has left: its update first, then the pause."""
+        while self._pauser:
+            silence_s = time.monotonic() - self._heard_s
+            if silence_s < LEASE_S:
+                await asyncio.sleep(LEASE_S - silence_s)
+                continue
+            print(f"The client that paused this server is gone for {silence_s:.0f} s.", flush=True)
+            if self._is_update_open:
+                await self._post(scope, "/update_weights", {"update_info": {"is_abandoned": True}})
+                await self._post(scope, "/update_weight_version", {"new_version": UNFINISHED})
+                self._is_update_open = False
+            await self._post(scope, "/resume", {})
+            self._pauser = b""
+
+    async def _post(self, scope: Scope, path: str, body: dict[str, Any]) -> None:
+        """Ask the server itself, as the client whose request `scope` was."""
+        content = json.dumps(body).encode()
+        headers = [
+            (name, value) for name, value in scope["headers"] if name == b"authorization"
+        ] + [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+        request = {**scope, "method": "POST", "path": path, "raw_path": path.encode()}
+        request |= {"query_string": b"", "headers": headers}
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": content, "more_body": False}
+
+        async def send(message: Any) -> None: ...
+
+        try:
+            await self._app(request, receive, send)
+        except Exception as error:  # an update that is abandoned fails by design
+            print(f"{path}: {error}", flush=True)
+
+
+def _describe_model(app: Any) -> dict[str, Any]:
+    """What a client checks token ids against."""
+    return {"vocab_size": app.state.vllm_config.model_config.get_vocab_size()}
+
+
+async def _answer(send: Any, status: int, body: dict[str, Any]) -> None:
+    content = json.dumps(body).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(content))]
+    await send({"type": "http.response.start", "status": status, "headers": headers})
+    await send({"type": "http.response.body", "body": content})

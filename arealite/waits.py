@@ -1,0 +1,100 @@
+"""Who waits for what, since when: so that nothing hangs without a word.
+
+    with waiting("the groups of step 7"):
+        ...
+
+A wait that takes long is reported on stderr, together with all others of this process and the
+stacks of its threads; again after twice the time, and so on.
+"""
+
+import itertools
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+ALARM_AFTER_S = 120.0
+CHECK_EVERY_S = 1.0
+MAX_LINES = 20
+"""Of one report; waits with the same words share a line."""
+
+
+@dataclass(slots=True)
+class _Wait:
+    what: str | Callable[[], str]
+    thread: str
+    since_s: float
+    alarm_s: float
+
+
+_waits: dict[int, _Wait] = {}
+_next_key = itertools.count()
+_watchdog: threading.Thread | None = None
+_starting = threading.Lock()
+
+
+@contextmanager
+def waiting(
+    what: str | Callable[[], str], *, alarm_after_s: float = ALARM_AFTER_S
+) -> Iterator[None]:
+    """Let the body be known as a wait, in threads and coroutines alike.
+
+    Args:
+        what: what is waited for, in words; or a function that says so at the time of a report.
+        alarm_after_s: inf: only listed when another wait gives the alarm.
+    """
+    _start_watchdog()
+    key = next(_next_key)
+    since_s = time.monotonic()
+    _waits[key] = _Wait(what, threading.current_thread().name, since_s, since_s + alarm_after_s)
+    try:
+        yield
+    finally:
+        del _waits[key]
+
+
+def report() -> str:
+    """All waits of this process, the oldest first, and where each of its threads is."""
+    now_s = time.monotonic()
+    groups: dict[tuple[str, str], list[float]] = {}
+    for wait in sorted(list(_waits.values()), key=lambda wait: wait.since_s):
+        what = wait.what if isinstance(wait.what, str) else wait.what()
+        groups.setdefault((wait.thread, what), []).append(now_s - wait.since_s)
+    lines = [
+        f"  {ages[0]:7.1f} s  {thread}: {what}" + (f" ({len(ages)} times)" if ages[1:] else "")
+        for (thread, what), ages in itertools.islice(groups.items(), MAX_LINES)
+    ]
+    if len(groups) > MAX_LINES:
+        lines.append(f"  and {len(groups) - MAX_LINES} more")
+    return "\n".join(["Who waits for what, since when:", *lines, "", *_stacks()])
+
+
+def _stacks() -> Iterator[str]:
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    for ident, frame in sys._current_frames().items():
+        yield f"Thread {names.get(ident, ident)}, innermost call last:"
+        yield "".join(traceback.format_stack(frame)[-12:]).rstrip()
+
+
+def _start_watchdog() -> None:
+    global _watchdog
+    if _watchdog is not None and _watchdog.is_alive():
+        return
+    with _starting:
+        if _watchdog is None or not _watchdog.is_alive():
+            _watchdog = threading.Thread(target=_watch, name="arealite-watchdog", daemon=True)
+            _watchdog.start()
+
+
+def _watch() -> None:
+    while True:
+        time.sleep(CHECK_EVERY_S)
+        now_s = time.monotonic()
+        overdue = [wait for wait in list(_waits.values()) if now_s > wait.alarm_s]
+        for wait in overdue:
+            wait.alarm_s = now_s + (now_s - wait.since_s)
+        if overdue:
+            print(f"warning: no progress.\n{report()}", file=sys.stderr, flush=True)

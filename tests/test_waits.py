@@ -1,0 +1,52 @@
+import threading
+import time
+
+import pytest
+
+from arealite import waits
+from arealite.waits import report, waiting
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(waits, "CHECK_EVERY_S", 0.02)
+
+
+def test_a_report_says_who_waits_for_what_and_where_each_thread_is():
+    is_waiting, release = threading.Event(), threading.Event()
+
+    def wait_for_release() -> None:
+        with waiting(lambda: "the release"):
+            is_waiting.set()
+            release.wait(10)
+
+    thread = threading.Thread(target=wait_for_release, name="poor-thread")
+    thread.start()
+    is_waiting.wait(10)
+    with waiting("a test"), waiting("a test"):
+        text = report()
+    release.set()
+    thread.join()
+    assert "s  poor-thread: the release" in text
+    assert "s  MainThread: a test (2 times)" in text
+    assert "Thread poor-thread, innermost call last:" in text
+    assert "in wait_for_release" in text
+    assert "poor-thread" not in report().partition("Thread ")[0]
+
+
+def test_a_wait_that_takes_long_is_reported_again_and_again_at_growing_distances(
+    capfd: pytest.CaptureFixture[str],
+):
+    with waiting("godot", alarm_after_s=0.1), waiting("nothing much", alarm_after_s=float("inf")):
+        time.sleep(2)  # the watchdog may sleep for a whole second before it is impatient
+    lines = capfd.readouterr().err.splitlines()
+    alarms = [line for line in lines if line == "warning: no progress."]
+    assert 1 <= len(alarms) <= 6
+    assert any("MainThread: godot" in line for line in lines)
+    assert any("MainThread: nothing much" in line for line in lines)
+
+
+def test_a_short_wait_is_never_reported(capfd: pytest.CaptureFixture[str]):
+    with waiting("a moment", alarm_after_s=60):
+        time.sleep(0.2)
+    assert "no progress" not in capfd.readouterr().err
