@@ -6,11 +6,13 @@ synchronous functions that need one.
 
 import asyncio
 import concurrent.futures
+import sys
 import threading
 from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from arealite.errors import DeadlineError
+from arealite.waits import report, waiting
 
 Result = TypeVar("Result")
 
@@ -41,10 +43,12 @@ def run(coroutine: Coroutine[Any, Any, Result], *, timeout_s: float, what: str) 
     """
     future = submit(coroutine)
     try:
-        return future.result(timeout_s)
+        with waiting(what):
+            return future.result(timeout_s)
     except concurrent.futures.TimeoutError as error:
         if future.done():  # the coroutine's own TimeoutError, not ours
             raise
+        print(report(), file=sys.stderr, flush=True)
         raise DeadlineError(
             f"{what} took longer than {timeout_s:.0f} s. If a workflow or reward blocks the event "
             "loop, make it a plain `def` (it then runs in its own process)."

@@ -17,10 +17,12 @@ from torch._C._distributed_c10d import HashStore
 
 from arealite.errors import RankError
 from arealite.lifeline import end_with
+from arealite.waits import waiting
 
 Item = TypeVar("Item")
 
 TIMEOUT = timedelta(minutes=30)
+_FAILURE_KEY = "arealite/failure"
 
 
 def init(*, seed: int = 0) -> None:
@@ -77,7 +79,8 @@ def sum(values: Sequence[float]) -> list[float]:
     if world_size() == 1:
         return [float(value) for value in values]
     total = torch.tensor(values, dtype=torch.float64)
-    torch_dist.all_reduce(total)
+    with waiting("the other ranks, to add up numbers"):
+        torch_dist.all_reduce(total)
     return total.tolist()
 
 
@@ -92,7 +95,8 @@ def gather(item: Item) -> list[Item]:
     if world_size() == 1:
         return [item]
     items: list[Item | None] = [None] * world_size()
-    torch_dist.all_gather_object(items, item)
+    with waiting("the other ranks, to gather something of each"):
+        torch_dist.all_gather_object(items, item)
     return items  # type: ignore[return-value]
 
 
@@ -101,14 +105,31 @@ def broadcast(item: Item) -> Item:
     if world_size() == 1:
         return item
     box: list[Item] = [item]
-    torch_dist.broadcast_object_list(box, src=0)
+    with waiting("rank 0, to hear what it has"):
+        torch_dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def barrier() -> None:
     """Wait until every rank is here."""
     if world_size() > 1:
-        torch_dist.barrier()
+        with waiting("the other ranks, at a barrier"):
+            torch_dist.barrier()
+
+
+def announce_failure(text: str) -> None:
+    """Tell all ranks that this one cannot go on; `announced_failure` hears it."""
+    if world_size() > 1:
+        # A collective would not do: the others may be waiting for something else.
+        torch_dist.distributed_c10d._get_default_store().set(_FAILURE_KEY, f"Rank {rank()}: {text}")
+
+
+def announced_failure() -> str:
+    """What a rank has announced, itself included; empty while none has."""
+    if world_size() == 1:
+        return ""
+    store = torch_dist.distributed_c10d._get_default_store()
+    return store.get(_FAILURE_KEY).decode() if store.check([_FAILURE_KEY]) else ""
 
 
 def _end_with_agent() -> None:

@@ -8,6 +8,8 @@ import pytest
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import make_tiny_model
+from tests.faults.document import keep_marked
+from tests.oracle import Oracle
 
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
@@ -29,3 +31,23 @@ def vllm_address(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> I
 def engine(vllm_address: str) -> Iterator[VLLMEngine]:
     with VLLMEngine([vllm_address]) as engine:
         yield engine
+
+
+@pytest.fixture
+def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
+    """Judges a test in five parts when all of it, and what its other fixtures started, is over."""
+    is_soak = request.node.get_closest_marker("soak") is not None
+    with Oracle(deadline_s=900 if is_soak else 30) as oracle:
+        yield oracle
+
+
+@pytest.fixture(autouse=True)
+def judge_every_fault(request: pytest.FixtureRequest) -> None:
+    """Let a test that is marked with a fault have the oracle, before all other fixtures."""
+    if request.node.get_closest_marker("fault"):
+        request.getfixturevalue("oracle")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    keep_marked(config, items)

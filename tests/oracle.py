@@ -12,6 +12,8 @@ the recipe under its launcher, and `read_ledger` the folder that it leaves.
 """
 
 import contextlib
+import ctypes
+import itertools
 import json
 import os
 import re
@@ -20,14 +22,26 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
+from typing import Any, Self
 
 import psutil
+import pytest
+import torch
 import yaml
 
+from arealite import waits
+from arealite.api import InferenceEngine, RolloutWorkflow
+from arealite.errors import ArealiteError
+from arealite.inference.supervisor import PR_SET_CHILD_SUBREAPER, mapped_segments
 from arealite.observe.rollout_log import read_lost, read_rollouts
+from arealite.rewards.pool import default_pool
+from arealite.rollout.executor import RolloutConfig, RolloutExecutor
+from arealite.types import Cursor, LostRow, Row, Trajectory
+from arealite.weights import push_weights
 
 REPOSITORY = Path(__file__).parents[1]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
@@ -59,23 +73,43 @@ class Surroundings:
             ),
             segments=frozenset(os.listdir("/dev/shm")),
             locks=held_locks({me.pid}),
-            threads=frozenset(t.name for t in threading.enumerate() if not t.daemon),
+            threads=frozenset(f"{t.name} {t.ident}" for t in threading.enumerate() if is_extra(t)),
         )
 
     def left_since(self) -> list[str]:
         """What there is now and was not when this was taken."""
         now = Surroundings.now()
-        return [
-            f"{kind[:-1]} {item}"
-            for kind in ("processes", "ports", "segments", "locks", "threads")
+        left = [
+            f"{kind}: {item}"
+            for kind in ("processes", "ports", "locks", "threads")
             for item in getattr(now, kind) - getattr(self, kind)
         ]
+        segments = now.segments - self.segments
+        return left + [f"/dev/shm/{name}" for name in segments - used_by_others(segments)]
 
     def assert_unchanged(self, within_s: float = 5.0) -> None:
         deadline = time.monotonic() + within_s
         while left := self.left_since():
             assert time.monotonic() < deadline, f"left behind: {left}"
             time.sleep(0.05)
+
+
+def is_extra(thread: threading.Thread) -> bool:
+    """Whether a thread should have ended with what it was started for."""
+    if not thread.daemon:
+        return True
+    is_ours = thread.name.startswith(("arealite-", "reward-worker"))
+    return is_ours and thread.name not in ("arealite-loop", "arealite-watchdog")
+
+
+def used_by_others(segments: frozenset[str]) -> set[str]:
+    """Those that a process has mapped which is not below this one: another run on this machine."""
+    if not segments:
+        return set()
+    me = psutil.Process()
+    ours = {me.pid, *(process.pid for process in me.children(recursive=True))}
+    others = [process for process in psutil.process_iter() if process.pid not in ours]
+    return {path.name for path in mapped_segments(others)}
 
 
 def held_locks(pids: set[int]) -> frozenset[str]:
@@ -105,6 +139,27 @@ class Ledger:
     max_age: int = 0  # in versions, of any token when it was trained on
     num_too_old: int = 0  # samples with a token beyond the bound
     max_staleness: int = 0  # the bound
+    # What only a run in the process of a test can tell:
+    groups: list[list[Trajectory]] = field(default_factory=list)  # as they were trained on
+    reasons: dict[int, str] = field(default_factory=dict)  # place -> why it was lost
+
+    def add_step(self, version: int, groups: list[list[Trajectory]]) -> None:
+        """Weights of `version` are trained on these groups."""
+        self.steps[version + 1] = len(groups)
+        self.groups += groups
+        self.trained.update(group[0].row_index for group in groups)
+        for sample in itertools.chain(*groups):
+            age = version - min(sampled for sampled in sample.versions if sampled >= 0)
+            self.max_age = max(self.max_age, age)
+            self.num_too_old += age > self.max_staleness
+
+    def add_lost(self, lost: Sequence[LostRow]) -> None:
+        self.lost.update(row.place for row in lost)
+        self.reasons |= {row.place: row.reason for row in lost}
+
+    def end(self, cursor: Cursor) -> None:
+        """The run stops where the cursor says."""
+        self.submitted, self.in_flight = cursor.next_row, set(cursor.pending)
 
     @property
     def missing(self) -> set[int]:
@@ -118,9 +173,16 @@ class Ledger:
         fates = self.trained + self.lost + Counter(self.in_flight)
         return {place for place, count in fates.items() if count > 1}
 
+    @property
+    def unknown(self) -> set[int]:
+        """Places that have a fate, but were never started."""
+        accounted = set(self.trained) | set(self.lost) | self.in_flight
+        return accounted - set(range(self.submitted))
+
     def check(self) -> None:
         assert not self.missing, f"rows lost: {sorted(self.missing)}"
         assert not self.doubled, f"rows used twice: {sorted(self.doubled)}"
+        assert not self.unknown, f"rows that were never started: {sorted(self.unknown)}"
         assert self.max_age <= self.max_staleness, f"a token of age {self.max_age}"
 
 
@@ -148,6 +210,122 @@ def read_ledger(out_dir: Path) -> Ledger:
         ledger.trained.update(places)
     ledger.lost.update(line["row_index"] for line in read_lost(out_dir))
     return ledger
+
+
+# --- All parts, for what runs in the process of a test --------------------------------------------
+
+DEADLINE_S = 30.0
+AGAIN_S = 10.0
+"""Whatever the first alarm did not end gets another one after so long."""
+SMALL = RolloutConfig(prompts_per_step=4, max_staleness=1, episode_timeout_s=20, batch_timeout_s=20)
+
+
+class Oracle:
+    """Trains a little while a test breaks something, then judges all five parts.
+
+        with oracle.ends_with(RolloutError, "7 of the latest 7 episodes failed"):
+            oracle.train(engine, workflow, rows, steps=4)
+
+    Where a test says no ending, the ending is that nothing raises.
+
+    Args:
+        deadline_s: a test that takes longer fails with a report of who waits for what.
+    """
+
+    def __init__(self, deadline_s: float = DEADLINE_S) -> None:
+        self._deadline_s = deadline_s
+        self._ledgers: list[Ledger] = []
+        self._is_late = False
+
+    def train(
+        self,
+        engine: InferenceEngine,
+        workflow: RolloutWorkflow,
+        rows: Sequence[Row],
+        *,
+        steps: int = 4,
+        cfg: RolloutConfig = SMALL,
+        at: Mapping[int, Callable[[], object]] | None = None,
+    ) -> Ledger:
+        """What became of every row, after so many steps with a push behind each.
+
+        Args:
+            at: what happens in a step, once it has its batch, and before its push.
+        """
+        ledger = Ledger(max_staleness=cfg.max_staleness)
+        self._ledgers.append(ledger)
+        trainer: Any = TinyTrainer()
+        push_weights(trainer, engine, version=0)
+        rollouts = RolloutExecutor(engine, workflow, rows, cfg)
+        try:
+            for version in range(steps):
+                groups, lost = rollouts.next_batch(), rollouts.take_lost()
+                ledger.add_lost(lost)
+                ledger.add_step(version, groups)
+                if at and version in at:
+                    at[version]()
+                push_weights(trainer, engine, version=version + 1)
+        finally:
+            rollouts.close()
+            ledger.add_lost(rollouts.take_lost())
+            ledger.end(rollouts.cursor(version=len(ledger.steps)))
+        assert set(ledger.steps.values()) == {cfg.prompts_per_step}
+        return ledger
+
+    @contextlib.contextmanager
+    def ends_with(self, kind: type[ArealiteError], cause: str) -> Iterator[None]:
+        """Part 4: the body raises this error, the first line of which matches `cause`."""
+        with pytest.raises(kind) as raised:
+            yield
+        [line, *_] = str(raised.value).splitlines()
+        assert re.search(cause, line), f"{kind.__name__}: {line}"
+
+    def __enter__(self) -> Self:
+        adopt_orphans(True)
+        self._surroundings = Surroundings.now()
+        self._previous = signal.signal(signal.SIGALRM, self._alarm)
+        signal.setitimer(signal.ITIMER_REAL, self._deadline_s, AGAIN_S)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            default_pool().close()  # its workers would stay until this process ends
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._previous)
+        try:
+            if kind is None:
+                self._judge()
+        finally:
+            adopt_orphans(False)
+
+    def _judge(self) -> None:
+        for ledger in self._ledgers:
+            ledger.check()
+        self._surroundings.assert_unchanged()
+        assert not self._is_late, f"it took longer than {self._deadline_s:g} s"
+
+    def _alarm(self, _: int, __: FrameType | None) -> None:
+        self._is_late = True
+        # Derives from BaseException: what catches every error does not catch this one.
+        pytest.fail(f"The test took longer than {self._deadline_s:g} s. {waits.report()}")
+
+
+def adopt_orphans(should: bool) -> None:
+    """Whether what loses its parent becomes a child of this process, so that it is seen."""
+    ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, int(should), 0, 0, 0)
+
+
+class TinyTrainer:
+    """As much of a `TrainEngine` as a push asks for: a few weights, others each time."""
+
+    def __init__(self) -> None:
+        self._num_pushes = 0
+
+    def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        self._num_pushes += 1
+        for name in ("first", "second"):
+            yield name, torch.full((4,), float(self._num_pushes))
 
 
 # --- All parts, for a run of the recipe -----------------------------------------------------------

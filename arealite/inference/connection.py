@@ -4,6 +4,7 @@ import asyncio
 import email.utils
 import os
 import time
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -57,22 +58,26 @@ class Connection:
         self._base = "http://server" if address.startswith("unix://") else address
         self._token = token
         self._max_reply_bytes = max_reply_bytes
-        self._session: aiohttp.ClientSession | None = None
+        self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
         self._deadlines = set[asyncio.Timeout]()
         self._lost_reason = ""
 
-    async def post(self, path: str, body: bytes, *, limit_s: float) -> bytes:
+    async def post(self, path: str, body: bytes, *, limit_s: float, echo: bytes = b"") -> bytes:
         """The body of a reply with status 200.
+
+        Args:
+            echo: the id that a reply repeats if it names its request at all. A reply that came
+                twice would otherwise be taken for that of the next request on its connection.
 
         Raises:
             RetryableError: by its kind, what may pass: see above.
             ServerError: it took longer than `limit_s`, or the server refused the request.
         """
-        return await self._request("POST", path, body, limit_s)
+        return await self._request("POST", path, body, limit_s, echo)
 
     async def get(self, path: str, *, limit_s: float) -> bytes:
         """Like `post`."""
-        return await self._request("GET", path, None, limit_s)
+        return await self._request("GET", path, None, limit_s, b"")
 
     def give_up(self, reason: str) -> None:
         """End every request that runs, with a ServerLostError; later ones are tried as usual."""
@@ -82,16 +87,18 @@ class Connection:
         self._deadlines.clear()
 
     async def close(self) -> None:
-        if self._session is not None:
-            await self._session.close()
-        self._session = None
+        for session in self._sessions.values():
+            await session.close()
+        self._sessions = {}
 
-    async def _request(self, method: str, path: str, body: bytes | None, limit_s: float) -> bytes:
+    async def _request(
+        self, method: str, path: str, body: bytes | None, limit_s: float, echo: bytes
+    ) -> bytes:
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
                 self._deadlines.add(deadline)
-                return await self._exchange(method, path, body, deadline)
+                return await self._exchange(method, path, body, echo, deadline)
         except TimeoutError as error:
             if deadline not in self._deadlines:
                 raise ServerLostError(f"{self.address} was given up: {self._lost_reason}") from None
@@ -109,15 +116,19 @@ class Connection:
             self._deadlines.discard(deadline)
 
     async def _exchange(
-        self, method: str, path: str, body: bytes | None, deadline: asyncio.Timeout
+        self, method: str, path: str, body: bytes | None, echo: bytes, deadline: asyncio.Timeout
     ) -> bytes:
-        async with self._connected().request(
+        # What a reply does not show to be its own is asked on a connection of its own.
+        async with self._session(is_kept=bool(echo)).request(
             method, self._base + path, data=body, allow_redirects=False
         ) as reply:
             limit = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
             if deadline in self._deadlines and limit < (deadline.when() or limit):
                 deadline.reschedule(limit)
             content = await self._read(reply)
+            if reply.status == 200 and b'"request_id"' in content and echo not in content:
+                reply.close()  # with what else may wait on this connection
+                raise RetryableError(f"{self.address}{path} answered another request.")
         if reply.status != 200:
             raise _refusal(f"{self.address}{path}", reply, content)
         return content
@@ -135,25 +146,29 @@ class Connection:
                 )
         return b"".join(parts)
 
-    def _connected(self) -> aiohttp.ClientSession:
-        if self._session is None:
-            connector: aiohttp.BaseConnector
-            if self.address.startswith("unix://"):
-                path = urlsplit(self.address).path
-                connector = aiohttp.UnixConnector(path, limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            else:
-                connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S)
-            headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-            headers[CLIENT_HEADER] = CLIENT_ID
-            if self._token:
-                headers["Authorization"] = f"Bearer {self._token}"
-            self._session = aiohttp.ClientSession(
-                connector=connector,
-                headers=headers,
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-                auto_decompress=False,  # what is not plain JSON is refused as such
-            )
-        return self._session
+    def _session(self, *, is_kept: bool) -> aiohttp.ClientSession:
+        if is_kept not in self._sessions:
+            self._sessions[is_kept] = self._make_session(is_kept)
+        return self._sessions[is_kept]
+
+    def _make_session(self, is_kept: bool) -> aiohttp.ClientSession:
+        options: dict[str, Any] = {"limit": 0, "force_close": not is_kept}
+        if is_kept:
+            options["keepalive_timeout"] = KEEP_ALIVE_S
+        if self.address.startswith("unix://"):
+            connector = aiohttp.UnixConnector(urlsplit(self.address).path, **options)
+        else:
+            connector = aiohttp.TCPConnector(**options)
+        headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+        headers[CLIENT_HEADER] = CLIENT_ID
+        if self._token:
+            headers["Authorization"] = f"Bearer {self._token}"
+        return aiohttp.ClientSession(
+            connector=connector,
+            headers=headers,
+            timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
+            auto_decompress=False,  # what is not plain JSON is refused as such
+        )
 
 
 def _refusal(what: str, reply: aiohttp.ClientResponse, content: bytes) -> ServerError:

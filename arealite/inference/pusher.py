@@ -151,6 +151,7 @@ class Pusher:
 
     def _sync(self, server: Server, version: int) -> bool:
         """Whether the server has the weights and generates with them."""
+        self.forget(server)
         # Paused also when nobody asks it: an update under a running request kills the engine.
         return bool(
             self._post_each([server], _pause_path("keep", "recompute"), {})

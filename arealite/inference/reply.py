@@ -107,7 +107,7 @@ def parse_reply(
 def _choice(content: bytes) -> _Choice:
     try:
         [choice] = _DECODER.decode(content).choices
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, RecursionError) as error:
         kind = TrajectoryError if _is_json(content) else UnreadableReplyError
         raise kind(
             f"A server's answer is not what vLLM's /inference/v1/generate gives: {error}. It "
@@ -127,8 +127,10 @@ def _is_json(content: bytes) -> bool:
 def _versions(spans: list[_Span] | None, length: int) -> list[int]:
     """Weight version of each of `length` tokens, from spans that must partition them."""
     versions: list[int] = []
+    is_partition = True
     for span in spans or []:
-        if span.start != len(versions) or span.end < span.start or span.end > length:
+        if not span.start == len(versions) <= span.end <= length:
+            is_partition = False
             break
         if not _is_version(span.version):
             raise StaleReplyError(
@@ -136,9 +138,10 @@ def _versions(spans: list[_Span] | None, length: int) -> list[int]:
                 "Push once before the first rollout."
             )
         if versions and int(span.version) < versions[-1]:
+            is_partition = False
             break
         versions += [int(span.version)] * (span.end - span.start)
-    if len(versions) != length:
+    if not is_partition or len(versions) != length:
         raise TrajectoryError(
             f"A server sent the weight versions {(spans or [])[:4]} for {length} tokens. They must "
             "partition the tokens, in the order in which they were pushed."

@@ -9,9 +9,11 @@ vllm itself is never imported here: the servers run in processes of their own.
 
 import asyncio
 import concurrent.futures
+import itertools
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -23,6 +25,7 @@ import torch
 from arealite import background
 from arealite.errors import NoServerError, PromptTooLongError, ServerError
 from arealite.inference.connection import (
+    CLIENT_ID,
     Connection,
     RetryableError,
     ServerLostError,
@@ -34,6 +37,7 @@ from arealite.inference.reply import StaleReplyError, UnreadableReplyError, pars
 from arealite.inference.server import ServerConfig, Servers
 from arealite.inference.transport import Disk, SharedMemory, Transport
 from arealite.types import ModelRequest, ModelResponse
+from arealite.waits import waiting
 
 MAX_ATTEMPTS = 5
 """Of one request, while its server is there."""
@@ -86,6 +90,7 @@ class VLLMEngine:
         self._look_again = asyncio.Event()
         self._durations_s = deque[float](maxlen=256)
         self._num_retries = 0
+        self._request_numbers = itertools.count()
         self._is_closed = False
         self._retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((RetryableError, UnreadableReplyError)),
@@ -199,7 +204,6 @@ class VLLMEngine:
     # --- One request ------------------------------------------------------------------------------
 
     async def _generate(self, request: ModelRequest, budget: int) -> ModelResponse:
-        body = msgspec.json.encode(_generate_body(request, budget))
         avoid: Server | None = None
 
         async def attempt() -> ModelResponse:
@@ -207,7 +211,7 @@ class VLLMEngine:
             for _ in range(MAX_LOST_SERVERS):
                 server = await self._serving(request.conversation, avoid)
                 try:
-                    return await self._ask(server, body)
+                    return await self._ask(server, request, budget)
                 except (ServerLostError, StaleReplyError):
                     continue  # no fault of the request: it goes on elsewhere
                 except (RetryableError, UnreadableReplyError):
@@ -225,14 +229,19 @@ class VLLMEngine:
             await asyncio.sleep(max(0.1, getattr(error, "wait_s", 0.0)))
         return await self._retrying(attempt)
 
-    async def _ask(self, server: Server, body: bytes) -> ModelResponse:
+    async def _ask(self, server: Server, request: ModelRequest, budget: int) -> ModelResponse:
         """One answer of this server; what its failure says about the server is passed on."""
+        request_id = f"{CLIENT_ID}-{next(self._request_numbers)}"
+        body = msgspec.json.encode(_generate_body(request, budget) | {"request_id": request_id})
         oldest_version = server.version
         began_s = time.monotonic()
         server.running += 1
         try:
             content = await self._connections[server].post(
-                "/inference/v1/generate", body, limit_s=self._limit_s()
+                "/inference/v1/generate",
+                body,
+                limit_s=self._limit_s(),
+                echo=request_id.encode(),
             )
             response = parse_reply(
                 content,
@@ -263,23 +272,26 @@ class VLLMEngine:
 
     async def _serving(self, conversation: int | None, avoid: Server | None) -> Server:
         """A server to ask, as soon as there is one."""
+        if (server := self._fleet.choose(conversation, avoid)) is not None and not self._is_closed:
+            return server
         began_s = time.monotonic()
-        while (server := self._fleet.choose(conversation, avoid)) is None or self._is_closed:
-            if self._is_closed:
-                raise ServerError("The engine was closed while a request was running.")
-            if failure := self._servers.failure():
-                raise NoServerError(failure)
-            waited_s = time.monotonic() - began_s
-            if waited_s > self._servers.recovery_timeout_s and not self._fleet.is_updating:
-                raise NoServerError(
-                    f"No server has served for {waited_s:.0f} s: {self._fleet.describe()}."
-                )
-            try:
-                async with asyncio.timeout(1.0):
-                    await self._look_again.wait()
-            except TimeoutError:
-                continue
+        with waiting("a server that serves"):
+            while (server := self._fleet.choose(conversation, avoid)) is None or self._is_closed:
+                self._check_hope(time.monotonic() - began_s)
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._look_again.wait(), 1.0)
         return server
+
+    def _check_hope(self, waited_s: float) -> None:
+        """Raise if no server will come, however long a request waits."""
+        if self._is_closed:
+            raise ServerError("The engine was closed while a request was running.")
+        if failure := self._servers.failure():
+            raise NoServerError(failure)
+        if waited_s > self._servers.recovery_timeout_s and not self._fleet.is_updating:
+            raise NoServerError(
+                f"No server has served for {waited_s:.0f} s: {self._fleet.describe()}."
+            )
 
     def _let_requests_look_again(self) -> None:
         self._look_again.set()

@@ -26,6 +26,7 @@ from arealite.errors import (
     ConfigError,
     DataError,
     DeadlineError,
+    NoServerError,
     PromptTooLongError,
     RolloutError,
     TrajectoryError,
@@ -35,6 +36,8 @@ from arealite.types import Cursor, LostRow, Row, Trajectory
 
 POLL_S = 0.01
 """How often the rollout thread looks for a new weight version."""
+FATAL = (PromptTooLongError, ConfigError, DataError, NoServerError)
+"""What no other row would do better with."""
 FAILURE_WINDOW = 64
 """Latest episodes over which the share of failures is taken."""
 
@@ -249,7 +252,7 @@ class RolloutExecutor:
             self._recent.append(error)
             self._lost_since_a_group[type(error).__name__ if error else reason] += 1
         num_failed = sum(failure is not None for failure in self._recent)
-        if isinstance(error, PromptTooLongError | ConfigError | DataError):
+        if isinstance(error, FATAL):
             self._fail(error)
         elif num_failed > self._cfg.max_failure_share * FAILURE_WINDOW:
             self._fail(self._too_many_failures())

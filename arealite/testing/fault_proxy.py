@@ -8,11 +8,11 @@ in `arealite.testing.faults`; a class of yours with `apply` is one, too.
 """
 
 import asyncio
+import http.client
 import socket
 import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field, replace
-from http import HTTPStatus
 from typing import Protocol, Self
 from urllib.parse import urlsplit
 
@@ -61,9 +61,9 @@ class Reply:
         headers = list(self.headers)
         names = {name.lower() for name, _ in headers}
         is_sized = bool(names & {"content-length", "transfer-encoding"})
-        if not is_sized and self.status != HTTPStatus.NO_CONTENT:
+        if not is_sized and self.status != http.client.NO_CONTENT:
             headers.append(("Content-Length", str(len(self.body))))
-        lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}"]
+        lines = [f"HTTP/1.1 {self.status} {http.client.responses.get(self.status, '')}"]
         lines += [f"{name}: {value}" for name, value in headers]
         return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
@@ -84,7 +84,7 @@ class Exchange:
     """One request and what was done with it: what a fault works on, and what the proxy records."""
 
     request: Request
-    fault: Fault | None
+    fault: Fault | None = None
     status: int | None = None  # of the reply; None while there is none
     num_bytes_sent: int = 0
     is_forwarded: bool = False  # whether the server saw the request
@@ -113,9 +113,10 @@ class Exchange:
     def reset(self) -> None:
         """End the connection with a TCP reset."""
         self.is_reset = True
-        linger_0_s = struct.pack("ii", 1, 0)
-        bare: socket.socket = self._writer.get_extra_info("socket")
-        bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0_s)
+        if not self._writer.transport.is_closing():
+            linger_0_s = struct.pack("ii", 1, 0)
+            bare: socket.socket = self._writer.get_extra_info("socket")
+            bare.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger_0_s)
         self._writer.transport.abort()
 
     def close_later(self, after_s: float) -> None:
@@ -161,7 +162,7 @@ class FaultProxy:
         self._upstream = upstream.rstrip("/")
         self._injections: list[_Injection] = []
         self._tasks = set[asyncio.Task[None]]()
-        self._failures: list[Exception] = []  # of faults, which were not able to apply
+        self._failures: list[Exception] = []  # errors of faults and predicates, not of servers
         self._thread: LoopThread | None = LoopThread(f"fault proxy of {upstream}")
         self.address = self._thread.run(self._open())
 
@@ -194,7 +195,8 @@ class FaultProxy:
         """End all connections; may be called twice.
 
         Raises:
-            Exception: what a fault raised, such as a KeyError for a place that a reply has not.
+            Exception: what a fault or a predicate of an injection raised, such as a KeyError for
+                a place that a reply has not.
         """
         if self._thread is not None:
             self._thread.run(self._shut())
@@ -269,10 +271,10 @@ class FaultProxy:
         self, requests: asyncio.Queue[Request], writer: asyncio.StreamWriter
     ) -> None:
         while True:
-            request = await requests.get()
-            exchange = Exchange(request, self._fault_for(request), _proxy=self, _writer=writer)
+            exchange = Exchange(await requests.get(), _proxy=self, _writer=writer)
             self.exchanges.append(exchange)
             try:
+                exchange.fault = self._fault_for(exchange.request)
                 if exchange.fault is None:
                     await exchange.send(await exchange.forward())
                 else:

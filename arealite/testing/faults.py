@@ -173,11 +173,19 @@ class CloseIdle:
 
 @dataclass(frozen=True)
 class Duplicate:
-    """The server's reply twice: a second answer that nobody asked for waits on the connection."""
+    """The server's reply twice: a second answer that nobody asked for waits on the connection.
+
+    Args:
+        after_s: how much later the second one is sent, such as when the client has turned to other
+            work and left its connection idle.
+    """
+
+    after_s: float = 0.0
 
     async def apply(self, exchange: Exchange) -> None:
         reply = await exchange.forward()
         await exchange.send(reply)
+        await asyncio.sleep(self.after_s)
         await exchange.send(reply)
 
 

@@ -129,7 +129,11 @@ class Routes:
             max_tokens=min(params.max_tokens or room, room),
             stop_token_ids=params.stop_token_ids,
         )
-        return json_reply(_generate_reply(asked, generation, self._model))
+        request_id = request.headers.get("X-Request-Id") or asked.request_id or uuid.uuid4().hex
+        return json_reply(
+            {"request_id": f"generate-tokens-{request_id}", "model": self._model}
+            | _generate_reply(generation, asked.sampling_params)
+        )
 
     async def _pause(self, request: web.Request) -> web.Response:
         query = msgspec.convert(dict(request.query), _PauseQuery, strict=False)
@@ -236,13 +240,11 @@ async def _decoded(request: web.Request, kind: type[Body]) -> Body:
 # --- Replies --------------------------------------------------------------------------------------
 
 
-def _generate_reply(asked: _GenerateBody, done: Generation, model: str) -> dict[str, Any]:
-    """All that vLLM answers, with the fields that do not apply here as null."""
+def _generate_reply(done: Generation, params: _SamplingParams) -> dict[str, Any]:
+    """All that vLLM answers but names, with the fields that do not apply here as null."""
     num_prompt, num_sampled = len(done.prompt), len(done.token_ids)
-    has_logprobs = asked.sampling_params.logprobs is not None
+    has_logprobs = params.logprobs is not None
     return {
-        "request_id": f"generate-tokens-{asked.request_id or uuid.uuid4().hex}",
-        "model": model,
         "created": 0,
         "usage": {
             "prompt_tokens": num_prompt,

@@ -65,6 +65,11 @@ def places(groups: list[list[Trajectory]]) -> list[int]:
     return [group[0].row_index for group in groups]
 
 
+async def wait_for(condition: Callable[[], bool]) -> None:
+    while not condition():
+        await asyncio.sleep(0.001)
+
+
 def test_batches_come_in_the_order_of_the_rows_whatever_finishes_first():
     async def slow_when_even(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
         await asyncio.sleep(0.05 if row["id"] % 2 == 0 else 0)
@@ -179,11 +184,6 @@ def test_a_window_lets_finished_rows_overtake_a_slow_one_until_its_last_chance()
             rollouts._engine.version = version + 1
         released.set()
         assert places(rollouts.next_batch())[0] == 0
-
-
-async def wait_for(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.001)
 
 
 @pytest.mark.parametrize("ends_in", ["cancelled", "answer", "error"])
@@ -320,15 +320,17 @@ def test_a_lost_row_is_met_again_by_a_run_that_was_killed_before_it_was_recorded
 
 
 def test_what_an_episode_makes_of_being_cancelled_at_the_end_is_not_a_failure():
+    began = []
+
     async def fail_when_cancelled(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        began.append(row)
         try:
             await asyncio.sleep(100)
         finally:
             raise OSError("cut off")
 
     with executor(fail_when_cancelled) as rollouts:
-        asyncio.run(wait_for(lambda: len(rollouts._admission._running) == 4))
-        time.sleep(0.05)
+        asyncio.run(wait_for(lambda: len(began) == 4))
     assert rollouts.take_lost() == []
     assert rollouts.cursor(0).pending == (0, 1, 2, 3)
 

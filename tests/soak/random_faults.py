@@ -21,6 +21,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -70,18 +71,33 @@ class Campaign:
         self.figures = figures
         self.run: RecipeRun | None = None
 
-    def strike(self, name: str, blow: Callable[[RecipeRun], None]) -> None:
-        """One fault, and the time until the run makes steps again."""
+    def strike(
+        self,
+        name: str,
+        blow: Callable[[RecipeRun], None],
+        has_struck: Callable[[], bool] = lambda: True,
+    ) -> bool:
+        """One fault, and the time until the run makes steps again; False if it was not possible.
+
+        Args:
+            has_struck: whether the fault has met a request by now, where it waits for one.
+        """
         run = self._running()
         try:
             blow(run)
         except LookupError:
-            return  # its victim is just being started again
+            return False  # its victim is just being started again
         began_s = time.monotonic()
-        self.figures.kills += 1
         self._wait_for_steps()
+        for _ in range(50):
+            if not has_struck():
+                self._wait_for_steps(1)
+        if not has_struck():
+            return False
+        self.figures.kills += 1
         self.figures.recoveries_s[name].append(time.monotonic() - began_s)
         print(f"{name}: {time.monotonic() - began_s:.1f} s", flush=True)
+        return True
 
     def kill_recipe(self, name: str, blow: Callable[[RecipeRun], None]) -> None:
         """The same for a fault that ends the run, which then is started again."""
@@ -90,7 +106,8 @@ class Campaign:
             blow(run)
             self._end()
 
-        self.strike(name, end_it)
+        while not self.strike(name, end_it):
+            time.sleep(1)
 
     def finish(self) -> None:
         """Stop, let the run come to its regular end, and judge what it has written."""
@@ -177,17 +194,16 @@ def strike_real_servers(folder: Path, dice: random.Random, count: int, figures: 
     settings = ["server.num_cpu_servers=2", "server.max_restarts=100000"]
     campaign = Campaign(folder / "real", settings, figures)
     try:
-        for number in range(count):
-            part = SERVER_PARTS[number % len(SERVER_PARTS)]
+        while figures.real_server_kills < count:
+            part = dice.choice(SERVER_PARTS)
             stops = part == "EngineCore" and dice.random() < 0.4
             kind = signal.SIGSTOP if stops else signal.SIGKILL
-            before = figures.kills
-            campaign.strike(
+            is_done = campaign.strike(
                 f"real {kind.name} {part}",
                 lambda run, part=part, kind=kind: pick(run, part, dice).send_signal(kind),
             )
-            figures.real_server_kills += figures.kills - before
-            if number % 8 == 7:
+            figures.real_server_kills += is_done
+            if is_done and figures.real_server_kills % 8 == 0:
                 victim = dice.choice(list(RECIPE_PARTS))
                 campaign.kill_recipe(f"real {victim}", RECIPE_PARTS[victim])
             time.sleep(dice.uniform(0, 5))
@@ -228,7 +244,8 @@ RECIPE_PARTS: dict[str, Callable[[RecipeRun], None]] = {
 def strike_scripted_servers(
     folder: Path, dice: random.Random, count: int, figures: Figures
 ) -> None:
-    """Faults of servers, network, rewards and the recipe, some seconds apart."""
+    """Faults of servers, network, rewards and the recipe, seconds apart."""
+    wanted = figures.kills + count
     with ExitStack() as stack:
         servers = [
             stack.enter_context(
@@ -241,16 +258,26 @@ def strike_scripted_servers(
         settings = [f"server.addresses=[{addresses}]", "server.patience_s=5"]
         campaign = Campaign(folder / "scripted", settings, figures)
         stack.callback(campaign.kill)
-        for _ in range(count):
-            index = dice.randrange(len(servers))
-            name, blow = dice.choice(scripted_blows(servers[index], proxies[index], dice))
-            strike = campaign.kill_recipe if name in RECIPE_PARTS else campaign.strike
-            strike(f"scripted {name}", blow)
-            for proxy in proxies:
-                proxy.clear()
+        while figures.kills < wanted:
+            server, proxy = dice.choice(list(zip(servers, proxies, strict=True)))
+            name, blow = dice.choice(scripted_blows(server, proxy, dice))
+            if name in RECIPE_PARTS:
+                campaign.kill_recipe(f"scripted {name}", blow)
+                continue
+            proxy.exchanges.clear()
+            campaign.strike(f"scripted {name}", blow, partial(has_met_a_request, proxy, name))
+            proxy.clear()
         campaign.finish()
 
 
+def has_met_a_request(proxy: FaultProxy, name: str) -> bool:
+    """Whether a fault of the network has been applied; the others strike by themselves."""
+    if name in PROCESS_FAULTS:
+        return True
+    return any(exchange.fault is not None for exchange in list(proxy.exchanges))
+
+
+PROCESS_FAULTS = ("server dies", "server hangs", "reward worker")
 Blow = tuple[str, Callable[[RecipeRun], None]]
 
 
@@ -288,13 +315,12 @@ def scripted_blows(server: ScriptedServer, proxy: FaultProxy, dice: random.Rando
         ("refused update", broken(faults.Status(500), path="/update_weights")),
         ("refused finish", broken(faults.Status(500), path="/finish_weight_update")),
         ("refused pause", broken(faults.Status(500), path="/pause")),
-        (f"reply: {edit}", lambda _: proxy.inject(faults.BAD_GENERATE_REPLIES[edit], on=[0])),
+        (
+            f"reply: {edit}",
+            lambda _: proxy.inject(faults.BAD_GENERATE_REPLIES[edit], on=[0], path=GENERATE),
+        ),
     ]
-    processes: list[Blow] = [
-        ("server dies", die),
-        ("server hangs", hang),
-        ("reward worker", lose_reward_worker),
-    ]
+    processes = list(zip(PROCESS_FAULTS, (die, hang, lose_reward_worker), strict=True))
     return [*network * 2, *processes * 4, dice.choice(list(RECIPE_PARTS.items()))]
 
 

@@ -296,6 +296,10 @@ def test_status(wire_of: Callable[..., Wire], server: ScriptedServer):
     assert server.received == []
 
 
+def test_a_status_that_nobody_has_heard_of(wire_of: Callable[..., Wire]):
+    assert wire_of(Status(599)).head.startswith(b"HTTP/1.1 599 \r\n")
+
+
 def test_status_without_content(wire_of: Callable[..., Wire]):
     wire = wire_of(Status(204))
     assert wire.head.startswith(b"HTTP/1.1 204 No Content")
@@ -413,6 +417,12 @@ def test_duplicate(wire_of: Callable[..., Wire], client: Client):
     assert client.read().body == VERSION
 
 
+def test_a_late_duplicate_comes_on_an_idle_connection(wire_of: Callable[..., Wire], client: Client):
+    first = wire_of(Duplicate(after_s=0.2), quiet_s=0.05)
+    assert first.body == VERSION
+    assert client.read(quiet_s=0.6) == first
+
+
 def test_oversized(wire_of: Callable[..., Wire]):
     wire = wire_of(Oversized(3 * 2**16 + 5))
     assert b"Transfer-Encoding: chunked" in wire.head
@@ -501,6 +511,13 @@ def test_an_edit_of_a_place_that_a_reply_has_not_fails_when_the_proxy_is_closed(
 ):
     with pytest.raises(KeyError, match="choices"), FaultProxy(server.address) as proxy:
         proxy.inject(DeleteValue("choices/0"))
+        with pytest.raises(ConnectionResetError):
+            get(proxy.address)
+
+
+def test_a_predicate_that_raises_is_heard_of_when_the_proxy_is_closed(server: ScriptedServer):
+    with pytest.raises(ZeroDivisionError), FaultProxy(server.address) as proxy:
+        proxy.inject(Status(500), when=lambda request: bool(1 // len(request.body)))
         with pytest.raises(ConnectionResetError):
             get(proxy.address)
 

@@ -167,6 +167,19 @@ def test_a_reply_has_the_fields_of_vllms_reply(server: ScriptedServer):
     }
 
 
+def test_a_reply_names_the_request_it_answers(server: ScriptedServer):
+    def request_id(body: dict[str, Any], headers: dict[str, str]) -> str:
+        content = json.dumps(generate_body() | body).encode()
+        headers = {"Content-Type": "application/json"} | headers
+        request = urllib.request.Request(server.address + GENERATE, data=content, headers=headers)
+        with urllib.request.urlopen(request, timeout=10) as reply:
+            return json.loads(reply.read())["request_id"].removeprefix("generate-tokens-")
+
+    assert request_id({"request_id": "a"}, {}) == "a"
+    assert request_id({"request_id": "a"}, {"X-Request-Id": "b"}) == "b"
+    assert request_id({}, {}) != request_id({}, {}) != ""
+
+
 def test_log_probs_come_only_when_asked_for(server: ScriptedServer):
     assert generate(server, logprobs=None)["logprobs"] is None
 

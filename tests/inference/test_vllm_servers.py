@@ -1,0 +1,240 @@
+"""The client of several servers, which here are scripted: they die, hang and return in no time."""
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+
+from arealite import background
+from arealite.errors import NoServerError, ServerError
+from arealite.inference import server as server_module
+from arealite.inference.server import ServerConfig
+from arealite.inference.vllm import VLLMEngine
+from arealite.testing import faults
+from arealite.testing.fault_proxy import FaultProxy
+from arealite.testing.http_server import ScriptedServer
+from arealite.types import ModelRequest, ModelResponse, SamplingParams
+
+pytest_plugins = ["arealite.testing.plugin"]
+
+WEIGHTS = {"w": torch.ones(3)}
+
+
+def push(engine: VLLMEngine, version: int) -> None:
+    engine.pause()
+    try:
+        engine.receive_weights(WEIGHTS.items(), version=version)
+    finally:
+        engine.resume()
+
+
+def request(conversation: int | None = None, *, tokens: int = 16) -> ModelRequest:
+    return ModelRequest(
+        token_ids=[5] * 8,
+        sampling=SamplingParams(max_new_tokens=tokens),
+        conversation=conversation,
+    )
+
+
+def start(engine: VLLMEngine, count: int, **options: Any) -> "Future[list[ModelResponse]]":
+    async def all_of_them() -> list[ModelResponse]:
+        return list(
+            await asyncio.gather(*(engine.agenerate(request(**options)) for _ in range(count)))
+        )
+
+    return background.submit(all_of_them())
+
+
+def wait_until(holds: Callable[[], bool], within_s: float = 20) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def generated(server: ScriptedServer) -> int:
+    return server.count("/inference/v1/generate")
+
+
+def test_requests_are_spread_and_those_of_a_dead_server_go_to_the_others(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    servers = [scripted_server(tokens_per_s=20) for _ in range(3)]
+    with VLLMEngine([server.address for server in servers]) as engine:
+        push(engine, 0)
+        running = start(engine, 12)
+        wait_until(lambda: [generated(server) for server in servers] == [4, 4, 4])
+        servers[1].die()
+        responses = running.result(30)
+    assert [len(response.token_ids) for response in responses] == [16] * 12
+    assert generated(servers[0]) + generated(servers[2]) == 12
+
+
+def test_requests_of_a_server_that_hangs_go_to_another(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    servers = [scripted_server(tokens_per_s=100) for _ in range(2)]
+    cfg = ServerConfig(hang_timeout_s=3)
+    with VLLMEngine([server.address for server in servers], cfg) as engine:
+        push(engine, 0)
+        servers[0].hang()
+        began_s = time.monotonic()
+        assert len(start(engine, 4).result(30)) == 4
+        assert time.monotonic() - began_s < 15
+        servers[0].unhang()
+        wait_until(lambda: len(engine._fleet.serving()) == 2)
+
+
+def test_requests_wait_for_the_only_server_and_it_gets_the_weights_before_it_serves(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address]) as engine:
+        push(engine, 7)
+        server.die()
+        wait_until(lambda: not engine._fleet.serving())
+        push(engine, 8)  # nobody hears it, and that is no error
+        running = start(engine, 4)
+        time.sleep(0.2)
+        assert not running.done()
+        server.restart()
+        responses = running.result(30)
+    assert [response.versions for response in responses] == [[8] * 16] * 4
+
+
+def test_a_server_that_misses_an_update_serves_again_once_it_has_the_weights(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    servers = [scripted_server() for _ in range(2)]
+    proxy = fault_proxy(servers[0].address)
+    with VLLMEngine([proxy.address, servers[1].address]) as engine:
+        push(engine, 0)
+        proxy.inject(faults.Status(500), path="/finish_weight_update", on=[0])
+        push(engine, 1)
+        assert [s.address for s in engine._fleet.serving()] == [servers[1].address]
+        wait_until(lambda: len(engine._fleet.serving()) == 2)
+        assert servers[0].version == "1"
+
+
+def test_weights_that_every_server_refuses_are_an_error_at_once(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    proxy = fault_proxy(scripted_server().address)
+    proxy.inject(faults.Status(400), path="/update_weights")
+    with (
+        VLLMEngine([proxy.address]) as engine,
+        pytest.raises(ServerError, match=r"no server took the weights: http\S+ is stale: "),
+    ):
+        push(engine, 0)
+
+
+def test_a_conversation_stays_on_its_server(scripted_server: Callable[..., ScriptedServer]):
+    servers = [scripted_server() for _ in range(3)]
+    with VLLMEngine([server.address for server in servers]) as engine:
+        push(engine, 0)
+        for _ in range(6):
+            start(engine, 1, conversation=3).result(10)
+    assert sorted(generated(server) for server in servers) == [0, 0, 6]
+
+
+@pytest.mark.parametrize(
+    ("interrupt", "kv", "query"),
+    [
+        ("keep", "recompute", {"mode": "keep", "clear_cache": "true"}),
+        ("keep", "reuse", {"mode": "keep", "clear_cache": "false"}),
+        ("drain", "recompute", {"mode": "wait", "clear_cache": "true"}),
+    ],
+)
+def test_an_update_interrupts_requests_as_it_is_told(
+    scripted_server: Callable[..., ScriptedServer], interrupt: Any, kv: Any, query: dict[str, str]
+):
+    server = scripted_server(tokens_per_s=100)
+    with VLLMEngine([server.address], ServerConfig(interrupt=interrupt, kv=kv)) as engine:
+        push(engine, 0)
+        running = start(engine, 4, tokens=60)
+        wait_until(lambda: generated(server) == 4)
+        time.sleep(0.2)
+        push(engine, 1)
+        late = start(engine, 1).result(10)
+        responses = running.result(10)
+    assert [r.query for r in server.received if r.path == "/pause"] == [query] * 2
+    kinds = {tuple(sorted(set(response.versions))) for response in responses}
+    assert kinds == ({(0,)} if interrupt == "drain" else {(0, 1)})
+    assert set(late[0].versions) == {1}
+
+
+def test_while_a_server_drains_requests_wait_instead_of_being_refused(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server(tokens_per_s=100, refuses_while_paused=True)
+    with VLLMEngine([server.address], ServerConfig(interrupt="drain")) as engine:
+        push(engine, 0)
+        running = start(engine, 1, tokens=100)
+        wait_until(lambda: generated(server) == 1)
+        draining = background.submit(asyncio.to_thread(push, engine, 1))
+        time.sleep(0.2)
+        late = start(engine, 4)
+        time.sleep(0.2)
+        assert generated(server) == 1, "no request is sent to a server that drains"
+        draining.result(20)
+        assert {v for r in late.result(10) for v in r.versions} == {1}
+        assert set(running.result(10)[0].versions) == {0}
+
+
+def test_when_all_attached_servers_are_gone_requests_end_with_one_clear_line(
+    scripted_server: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(server_module, "GONE_TIMEOUT_S", 0.5)
+    servers = [scripted_server() for _ in range(2)]
+    with VLLMEngine([server.address for server in servers]) as engine:
+        push(engine, 0)
+        for server in servers:
+            server.die()
+        with pytest.raises(NoServerError, match=r"No server has served for \d+ s: http\S+ is down"):
+            start(engine, 3).result(20)
+
+
+def test_a_server_restarted_behind_our_back_is_noticed_by_what_it_answers(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address]) as engine:
+        push(engine, 3)
+        for _ in range(5):
+            server.restart()  # faster than any probe
+            [response] = start(engine, 1).result(20)
+            assert set(response.versions) == {3}
+
+
+def test_the_share_of_prompt_tokens_found_in_the_cache_is_reported(
+    scripted_server: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("arealite.inference.monitor.COUNT_EVERY_S", 0.05)
+    server = scripted_server()
+    with VLLMEngine([server.address]) as engine:
+        push(engine, 0)
+        start(engine, 8).result(10)
+        metrics: dict[str, float] = {}
+
+        def is_reported() -> bool:
+            metrics.update(engine.take_metrics())
+            return "server/prefix_hit_rate" in metrics
+
+        wait_until(is_reported)
+    assert metrics["server/lost"] == 0
+    assert 0 <= metrics["server/prefix_hit_rate"] <= 1
+
+
+def test_closing_ends_requests_that_run(scripted_server: Callable[..., ScriptedServer]):
+    server = scripted_server(tokens_per_s=1)
+    engine = VLLMEngine([server.address])
+    push(engine, 0)
+    running = start(engine, 2)
+    wait_until(lambda: generated(server) == 2)
+    engine.close()
+    with pytest.raises(ServerError, match="was closed while a request was running"):
+        running.result(5)
