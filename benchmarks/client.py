@@ -118,8 +118,8 @@ def http(content: object, status: str = "200 OK") -> bytes:
 class HoldingServer:
     """Takes requests of `GENERATE` and commands on standard input, one a line.
 
-    `wait N` prints a line once N requests are held. `answer N TOKENS` answers the N that have been
-    held longest. `release` answers all that are held with a short reply.
+    `wait N` holds all requests, and prints a line once there are N. `answer N TOKENS` answers N,
+    the oldest first. `release` answers all that are held, and all that come, with a short reply.
     """
 
     def __init__(self) -> None:
@@ -156,12 +156,12 @@ class HoldingServer:
     def _obey(self, command: str, *arguments: str) -> None:
         match command, *map(int, arguments):
             case "wait", count:
-                self._announce_at = count
+                self._answers, self._announce_at = iter(()), count
                 self._announce()
             case "answer", count, tokens:
                 self._answers = itertools.repeat(self._replies[tokens], count)
-            case "release":
-                self._answers = itertools.repeat(self._replies[SHORT], len(self._held))
+            case ("release",):
+                self._answers = itertools.repeat(self._replies[SHORT])
         while self._held and (reply := next(self._answers, b"")):
             self._held.popleft().set_result(reply)
 

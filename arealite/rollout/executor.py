@@ -10,6 +10,7 @@ its reason, the next row takes its place, and many failures raise in the main th
 
 import asyncio
 import concurrent.futures
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -33,6 +34,7 @@ from arealite.errors import (
 )
 from arealite.rollout.admission import Admission, Order, Ticket, merge_cursors
 from arealite.types import Cursor, LostRow, Row, Trajectory
+from arealite.waits import report, waiting
 
 POLL_S = 0.01
 """How often the rollout thread looks for a new weight version."""
@@ -124,6 +126,7 @@ class RolloutExecutor:
         )
         self._patience = 10 * batch + FAILURE_WINDOW  # rows in a row that may give nothing
         self._lost: list[LostRow] = []
+        self._untrained: list[list[Trajectory]] = []  # a batch that another rank's failure held up
         self._recent = deque[Exception | None](maxlen=FAILURE_WINDOW)  # None: did not fail
         self._lost_since_a_group = Counter[str]()
         self._error: Exception | None = None
@@ -132,20 +135,43 @@ class RolloutExecutor:
         self._future = background.submit(self._run())
 
     def next_batch(self) -> list[list[Trajectory]]:
-        """This rank's groups for the next training step.
+        """This rank's groups for the next training step. A collective of all ranks.
+
+        What fails on one rank raises on all of them, at the same step: then no rank has begun it,
+        and `cursor` still has all of its rows.
 
         Raises:
             RolloutError: too many episodes failed, or all were rejected.
             PromptTooLongError: a row does not fit into the model's context.
             DataError: a row cannot be read by the model's tokenizer.
+            NoServerError: no server is left.
             DeadlineError: nothing came within `batch_timeout_s`.
         """
+        failure: Exception | None = None
+        try:
+            self._untrained = self._wait_for_batch()
+        except Exception as error:
+            failure = error
+            dist.announce_failure(describe(error))
+        failures = dist.gather(describe(failure) if failure else "")
+        if failure is None and any(failures):
+            rank = next(rank for rank, text in enumerate(failures) if text)
+            failure = RolloutError(f"Rank {rank} failed: {failures[rank]}")
+        if failure is not None:
+            raise failure
+        groups, self._untrained = self._untrained, []
+        return groups
+
+    def _wait_for_batch(self) -> list[list[Trajectory]]:
         deadline = time.monotonic() + self._cfg.batch_timeout_s
-        with self._changed:
+        with self._changed, waiting(self._admission.waiting_for):
             while (groups := self._admission.take()) is None:
                 if self._error is not None:
                     raise self._error
+                if failure := dist.announced_failure():
+                    raise RolloutError(failure)
                 if time.monotonic() > deadline:
+                    print(report(), file=sys.stderr, flush=True)
                     raise DeadlineError(
                         f"next_batch waited {self._cfg.batch_timeout_s:.0f} s: "
                         f"{self._admission.waiting_for()}. Look at the server's log, or raise "
@@ -163,6 +189,7 @@ class RolloutExecutor:
         with self._changed:
             next_place, places = self._admission.unconsumed()
             places += [row.place for row in self._lost]
+            places += [group[0].row_index for group in self._untrained]
         return merge_cursors(version, dist.gather((next_place, places)))
 
     def take_lost(self) -> list[LostRow]:
