@@ -63,6 +63,7 @@ PROMPT = list(range(1_000, 1_128))
 VOCAB_SIZE = 151_936
 MAX_MODEL_LEN = 32_768
 GENERATE = "/inference/v1/generate"
+REQUEST_ID = b"request-0"  # in a reply its place, for which the server puts the one it was sent
 SHORT = 1  # tokens of the replies that only warm a connection up, or end a turn
 PROBE_S = 0.001
 TURN_TIMEOUT_S = 120.0
@@ -94,7 +95,8 @@ def generate_reply(num_tokens: int) -> dict[str, Any]:
         "weight_versions": [{"version": "0", "start": 0, "end": num_tokens}],
         "logprobs": {"content": [entry | {"top_logprobs": [entry]} for entry in entries]},
     }
-    reply = {"request_id": f"generate-tokens-{'0' * 32}", "model": "served", "created": 0}
+    reply = {"request_id": f"generate-tokens-{REQUEST_ID.decode()}", "model": "served"}
+    reply |= {"created": 1_767_225_600}
     reply |= {"usage": usage | {"prompt_tokens_details": None, "completion_tokens_details": None}}
     reply |= dict.fromkeys(("prompt_logprobs", "prompt_token_id_logprobs", "prompt_token_ids"))
     reply |= dict.fromkeys(("mm_placeholders", "metrics"))
@@ -107,28 +109,31 @@ def as_float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def http(content: object, status: str = "200 OK") -> bytes:
+def http(body: bytes, status: str = "200 OK") -> bytes:
     """A whole reply, with the headers that uvicorn sends."""
-    body = json.dumps(content, separators=(",", ":")).encode()
     head = f"HTTP/1.1 {status}\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\nserver: uvicorn\r\n"
     head += f"content-length: {len(body)}\r\ncontent-type: application/json\r\n\r\n"
     return head.encode() + body
 
 
+def encode(content: object) -> bytes:
+    return json.dumps(content, separators=(",", ":")).encode()
+
+
 class HoldingServer:
     """Takes requests of `GENERATE` and commands on standard input, one a line.
 
-    `wait N` holds all requests, and prints a line once there are N. `answer N TOKENS` answers N,
+    `hold N` holds all requests, and prints a line once there are N. `answer N TOKENS` answers N,
     the oldest first. `release` answers all that are held, and all that come, with a short reply.
     """
 
     def __init__(self) -> None:
-        self._replies = {tokens: http(generate_reply(tokens)) for tokens in (SHORT, *TOKENS)}
+        self._replies = {tokens: encode(generate_reply(tokens)) for tokens in (SHORT, *TOKENS)}
         self._routes = {
-            "/v1/models": http({"data": [{"id": "served", "max_model_len": MAX_MODEL_LEN}]}),
-            "/arealite/model": http({"vocab_size": VOCAB_SIZE}),
-            "/weight_info": http({"weight_version": "0"}),
-            "/metrics": http(""),
+            "/v1/models": encode({"data": [{"id": "served", "max_model_len": MAX_MODEL_LEN}]}),
+            "/arealite/model": encode({"vocab_size": VOCAB_SIZE}),
+            "/weight_info": encode({"weight_version": "0"}),
+            "/metrics": b"",
         }
         self._held = deque[asyncio.Future[bytes]]()
         self._announce_at = 0
@@ -155,7 +160,7 @@ class HoldingServer:
 
     def _obey(self, command: str, *arguments: str) -> None:
         match command, *map(int, arguments):
-            case "wait", count:
+            case "hold", count:
                 self._answers, self._announce_at = iter(()), count
                 self._announce()
             case "answer", count, tokens:
@@ -181,14 +186,18 @@ class HoldingServer:
     async def _talk(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         with connection, contextlib.suppress(ConnectionError):
-            while path := await next_path(connection):
+            while request := await next_request(connection):
+                path, body = request
                 if path == GENERATE:
-                    reply = next(self._answers, b"") or await self._hold()
+                    content = next(self._answers, b"") or await self._hold()
+                    request_id = json.loads(body)["request_id"].encode()
+                    reply = http(content.replace(REQUEST_ID, request_id, 1))
                     async with self._sending:
                         await loop.sock_sendall(connection, reply)
+                elif path in self._routes:
+                    await loop.sock_sendall(connection, http(self._routes[path]))
                 else:
-                    reply = self._routes.get(path) or http({"detail": "Not Found"}, "404 Not Found")
-                    await loop.sock_sendall(connection, reply)
+                    await loop.sock_sendall(connection, http(b"", "404 Not Found"))
 
     async def _hold(self) -> bytes:
         reply = asyncio.get_running_loop().create_future()
@@ -197,21 +206,20 @@ class HoldingServer:
         return await reply
 
 
-async def next_path(connection: socket.socket) -> str:
-    """Path of the next request, whose body is read and dropped; empty at the end."""
+async def next_request(connection: socket.socket) -> tuple[str, bytes] | None:
+    """Path and body of the next request; None at the end."""
     loop = asyncio.get_running_loop()
     received = b""
     while b"\r\n\r\n" not in received:
         part = await loop.sock_recv(connection, 65_536)
         if not part:
-            return ""
+            return None
         received += part
     head, _, body = received.partition(b"\r\n\r\n")
     _, _, length = head.lower().partition(b"content-length:")
-    missing = int(length.split(b"\r\n")[0] or 0) - len(body)
-    while missing > 0:
-        missing -= len(await loop.sock_recv(connection, 65_536))
-    return head.split(b" ")[1].decode()
+    while len(body) < int(length.split(b"\r\n")[0] or 0):
+        body += await loop.sock_recv(connection, 65_536)
+    return head.split(b" ")[1].decode(), body
 
 
 class ServerProcess:
@@ -231,8 +239,7 @@ class ServerProcess:
         self._process.stdin.write(f"{command}\n")
         self._process.stdin.flush()
 
-    def wait_until_held(self, count: int) -> None:
-        self.tell(f"wait {count}")
+    def wait_until_held(self) -> None:
         self._answer()
 
     def _answer(self) -> str:
@@ -263,6 +270,7 @@ BODY = json.dumps(
             "logprobs": 0,
             "detokenize": False,
         },
+        "request_id": REQUEST_ID.decode(),
     },
     separators=(",", ":"),
 ).encode()
@@ -361,9 +369,12 @@ class Crowd:
         self._reached = asyncio.Event()
 
     async def run(self) -> None:
-        async with asyncio.TaskGroup() as tasks:
-            for _ in range(self._size):
-                tasks.create_task(self._keep_asking())
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(self._size):
+                    tasks.create_task(self._keep_asking())
+        finally:
+            self._reached.set()  # by nobody else if a request has failed
 
     async def replies(self, count: int) -> None:
         """Return after so many replies from now on."""
@@ -417,8 +428,9 @@ def take_turn(client: Client, server: ServerProcess, *, tokens: int, in_flight: 
     num_files = open_files()
     with client(server.address) as ask:
         crowd = Crowd(ask, in_flight)
+        server.tell(f"hold {in_flight}")
         running = background.submit(crowd.run())
-        server.wait_until_held(in_flight)
+        server.wait_until_held()
         cpu_us, probe = on_loop(measure(crowd, server, tokens=tokens))
         crowd.stop()
         server.tell("release")

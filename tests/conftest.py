@@ -11,6 +11,8 @@ from arealite.testing import make_tiny_model
 from tests.faults.document import keep_marked
 from tests.oracle import Oracle
 
+pytest_plugins = ["arealite.testing.plugin"]
+
 
 @pytest.fixture(scope="session", params=["tied", "untied"])
 def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:

@@ -2,19 +2,20 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
+from arealite import dist
+from arealite.config import parse
 from arealite.inference import monitor
 from arealite.inference.server import ServerConfig
 from arealite.inference.vllm import VLLMEngine
 from arealite.rewards import pool as rewards
 from arealite.rewards.pool import RewardPool
 from arealite.testing import FaultProxy, ScriptedServer
-from arealite.testing.plugin import fault_proxy, scripted_server
+from recipes.gsm8k_grpo import Config, main
 from tests.faults.training import VOCAB_SIZE
-
-__all__ = ["fault_proxy", "scripted_server"]
 
 
 @pytest.fixture
@@ -49,12 +50,24 @@ def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLLMEngin
 
 
 @pytest.fixture
-def reward_pool(monkeypatch: pytest.MonkeyPatch) -> Callable[..., RewardPool]:
-    """Gives the run a pool with other limits; the oracle closes it."""
+def start_recipe(tmp_path: Path) -> Iterator[Callable[..., None]]:
+    """Runs the recipe in this process, with settings such as `steps=3`."""
 
-    def use(**settings: float) -> RewardPool:
-        pool = RewardPool(**settings)  # type: ignore[arg-type]
-        monkeypatch.setattr(rewards, "_default", pool)
-        return pool
+    def start(*settings: str) -> None:
+        main(parse(Config, [f"out_dir={tmp_path}/run", *settings]))
 
-    return use
+    yield start
+    dist.close()
+
+
+@pytest.fixture
+def reward_pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., RewardPool]]:
+    """Gives the run a pool with other limits; closed in the end."""
+    with ExitStack() as stack:
+
+        def use(**settings: float) -> RewardPool:
+            pool = stack.enter_context(RewardPool(**settings))  # type: ignore[arg-type]
+            monkeypatch.setattr(rewards, "_default", pool)
+            return pool
+
+        yield use

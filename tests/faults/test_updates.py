@@ -119,7 +119,6 @@ def test_a_server_restarted_by_hand_gets_the_weights_before_it_serves(
     assert server.version == "4"
 
 
-@pytest.mark.xfail(reason="the client does not introduce itself to it again", strict=True)
 @pytest.mark.fault(68, "a server restarts so fast that nobody finds it down")
 def test_a_server_restarted_between_two_requests_gets_the_weights_before_it_serves(
     oracle: Oracle, server: ScriptedServer, connect: Connect

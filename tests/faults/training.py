@@ -33,6 +33,10 @@ def asking(reward: RewardFn = no_reward, *, budget: int = BUDGET) -> SingleTurnW
     return SingleTurnWorkflow(byte_tokenizer(), reward, sampling, group_size=GROUP_SIZE)
 
 
+async def id_as_reward(text: str, row: Row) -> float:
+    return float(row["id"])
+
+
 def assert_as_sampled(ledger: Ledger) -> None:
     """Every group is whole, and every response is what the server's script says to its prompt."""
     for group in ledger.groups:
