@@ -64,12 +64,10 @@ VOCAB_SIZE = 151_936
 MAX_MODEL_LEN = 32_768
 GENERATE = "/inference/v1/generate"
 REQUEST_ID = b"request-0"  # in a reply its place, for which the server puts the one it was sent
-SHORT = 1  # tokens of the replies that only warm a connection up, or end a turn
 PROBE_S = 0.001
 TURN_TIMEOUT_S = 120.0
 
 Ask = Callable[[], Awaitable[object]]
-Client = Callable[[str], AbstractContextManager[Ask]]
 
 
 # --- The server: holds requests until it is told to answer ----------------------------------------
@@ -123,12 +121,12 @@ def encode(content: object) -> bytes:
 class HoldingServer:
     """Takes requests of `GENERATE` and commands on standard input, one a line.
 
-    `hold N` holds all requests, and prints a line once there are N. `answer N TOKENS` answers N,
-    the oldest first. `release` answers all that are held, and all that come, with a short reply.
+    `hold N` ends all connections, holds the requests that come on new ones, and prints a line once
+    there are N. `answer N TOKENS` answers the next N, the oldest first.
     """
 
     def __init__(self) -> None:
-        self._replies = {tokens: encode(generate_reply(tokens)) for tokens in (SHORT, *TOKENS)}
+        self._replies = {tokens: encode(generate_reply(tokens)) for tokens in TOKENS}
         self._routes = {
             "/v1/models": encode({"data": [{"id": "served", "max_model_len": MAX_MODEL_LEN}]}),
             "/arealite/model": encode({"vocab_size": VOCAB_SIZE}),
@@ -141,7 +139,7 @@ class HoldingServer:
             ()
         )  # for requests that come, before any is held again
         self._sending = asyncio.Semaphore(SENDING)
-        self._tasks = set[asyncio.Task[None]]()
+        self._conversations = set[asyncio.Task[None]]()
 
     async def run(self) -> None:
         """Serve until standard input ends."""
@@ -161,14 +159,14 @@ class HoldingServer:
     def _obey(self, command: str, *arguments: str) -> None:
         match command, *map(int, arguments):
             case "hold", count:
+                for conversation in self._conversations:
+                    conversation.cancel()
+                self._held.clear()
                 self._answers, self._announce_at = iter(()), count
-                self._announce()
             case "answer", count, tokens:
                 self._answers = itertools.repeat(self._replies[tokens], count)
-            case ("release",):
-                self._answers = itertools.repeat(self._replies[SHORT])
-        while self._held and (reply := next(self._answers, b"")):
-            self._held.popleft().set_result(reply)
+                while self._held and (reply := next(self._answers, b"")):
+                    self._held.popleft().set_result(reply)
 
     def _announce(self) -> None:
         if self._announce_at and len(self._held) >= self._announce_at:
@@ -179,9 +177,9 @@ class HoldingServer:
         while True:
             connection, _ = await asyncio.get_running_loop().sock_accept(listener)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            task = asyncio.create_task(self._talk(connection))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            conversation = asyncio.create_task(self._talk(connection))
+            self._conversations.add(conversation)
+            conversation.add_done_callback(self._conversations.discard)
 
     async def _talk(self, connection: socket.socket) -> None:
         loop = asyncio.get_running_loop()
@@ -336,11 +334,23 @@ def bare_httpx(address: str) -> Iterator[Ask]:
         on_loop(client.aclose())
 
 
-CLIENTS: dict[str, Client] = {
-    "bare aiohttp": bare_aiohttp,
-    "VLLMEngine": engine,
-    "aiohttp + json": aiohttp_and_json,
-    "httpx": bare_httpx,
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Client:
+    """A way to ask, and how much of it fits into the time of this benchmark."""
+
+    connect: Callable[[str], AbstractContextManager[Ask]]
+    is_slow: bool = False  # only one turn in a cell, of a tenth of the replies
+
+    def burst(self, tokens: int) -> int:
+        """Replies in one turn."""
+        return BURST[tokens] // (10 if self.is_slow else 1)
+
+
+CLIENTS = {
+    "bare aiohttp": Client(connect=bare_aiohttp),
+    "VLLMEngine": Client(connect=engine),
+    "aiohttp + json": Client(connect=aiohttp_and_json, is_slow=True),
+    "httpx": Client(connect=bare_httpx, is_slow=True),
 }
 
 
@@ -363,34 +373,32 @@ class Crowd:
 
     def __init__(self, ask: Ask, size: int) -> None:
         self._ask = ask
-        self._size = size
-        self._is_stopping = False
         self._until = 0
         self._reached = asyncio.Event()
-
-    async def run(self) -> None:
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                for _ in range(self._size):
-                    tasks.create_task(self._keep_asking())
-        finally:
-            self._reached.set()  # by nobody else if a request has failed
+        self._tasks = [asyncio.create_task(self._keep_asking()) for _ in range(size)]
 
     async def replies(self, count: int) -> None:
         """Return after so many replies from now on."""
         self._until = count
         await self._reached.wait()
 
-    def stop(self) -> None:
-        """Ask no more."""
-        self._is_stopping = True
+    async def stop(self) -> None:
+        """Give the requests up, and raise if one has failed before."""
+        for task in self._tasks:
+            task.cancel()
+        for outcome in await asyncio.gather(*self._tasks, return_exceptions=True):
+            if not isinstance(outcome, asyncio.CancelledError):
+                raise outcome
 
     async def _keep_asking(self) -> None:
-        while not self._is_stopping:
-            await self._ask()
-            self._until -= 1
-            if self._until == 0:
-                self._reached.set()
+        try:
+            while True:
+                await self._ask()
+                self._until -= 1
+                if self._until == 0:
+                    self._reached.set()
+        finally:
+            self._reached.set()  # by nobody else if a request has failed
 
 
 class StallProbe:
@@ -426,15 +434,12 @@ def take_turn(client: Client, server: ServerProcess, *, tokens: int, in_flight: 
     """One burst of replies of so many tokens, with so many requests in flight."""
     gc.collect()  # what the client before left behind is not this one's
     num_files = open_files()
-    with client(server.address) as ask:
-        crowd = Crowd(ask, in_flight)
-        server.tell(f"hold {in_flight}")
-        running = background.submit(crowd.run())
+    server.tell(f"hold {in_flight}")
+    with client.connect(server.address) as ask:
+        crowd = on_loop(gather(ask, in_flight))
         server.wait_until_held()
-        cpu_us, probe = on_loop(measure(crowd, server, tokens=tokens))
-        crowd.stop()
-        server.tell("release")
-        running.result(TURN_TIMEOUT_S)
+        cpu_us, probe = on_loop(measure(crowd, server, tokens=tokens, burst=client.burst(tokens)))
+        on_loop(crowd.stop())
     on_loop(asyncio.sleep(0.1))  # a closed transport leaves its socket for the loop to close
     return Turn(
         cpu_us=cpu_us,
@@ -445,15 +450,21 @@ def take_turn(client: Client, server: ServerProcess, *, tokens: int, in_flight: 
     )
 
 
-async def measure(crowd: Crowd, server: ServerProcess, *, tokens: int) -> tuple[float, StallProbe]:
+async def gather(ask: Ask, size: int) -> Crowd:
+    return Crowd(ask, size)
+
+
+async def measure(
+    crowd: Crowd, server: ServerProcess, *, tokens: int, burst: int
+) -> tuple[float, StallProbe]:
     """CPU microseconds per reply of one burst, and what its probe saw."""
     probe = StallProbe()
     probing = asyncio.create_task(probe.run())
     await asyncio.sleep(0)
     began_s = time.process_time()
-    server.tell(f"answer {BURST[tokens]} {tokens}")
-    await crowd.replies(BURST[tokens])
-    cpu_us = (time.process_time() - began_s) / BURST[tokens] * 1e6
+    server.tell(f"answer {burst} {tokens}")
+    await crowd.replies(burst)
+    cpu_us = (time.process_time() - began_s) / burst * 1e6
     await asyncio.sleep(2 * PROBE_S)  # a stall up to the last reply counts, too
     probing.cancel()
     return cpu_us, probe
@@ -476,7 +487,7 @@ Cell = dict[str, list[Turn]]
 
 def ratio(cell: Cell, name: str) -> float:
     """CPU of a client over that of bare aiohttp, turn by turn."""
-    pairs = zip(cell[name], cell["bare aiohttp"], strict=True)
+    pairs = zip(cell[name], cell["bare aiohttp"], strict=False)  # slow clients have but one turn
     return statistics.median(turn.cpu_us / bare.cpu_us for turn, bare in pairs)
 
 
@@ -507,6 +518,7 @@ def allow_open_files(count: int) -> None:
 
 def main(rounds: int) -> None:
     allow_open_files(IN_FLIGHT[-1] + 500)
+    background.loop()  # has files of its own
     cells: list[Cell] = []
     print(
         "| tokens | in flight | client | CPU us/request | ratio | stall ms | on CPU | gc | leaked |"
@@ -515,7 +527,9 @@ def main(rounds: int) -> None:
     with ServerProcess() as server:
         for tokens, in_flight in itertools.product(TOKENS, IN_FLIGHT):
             cell: Cell = {name: [] for name in CLIENTS}
-            for _, (name, client) in itertools.product(range(rounds), CLIENTS.items()):
+            for turn, (name, client) in itertools.product(range(rounds), CLIENTS.items()):
+                if turn and client.is_slow:
+                    continue
                 cell[name].append(take_turn(client, server, tokens=tokens, in_flight=in_flight))
             print(*rows(cell, tokens=tokens, in_flight=in_flight), sep="\n", flush=True)
             cells.append(cell)

@@ -8,7 +8,7 @@ import pytest
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import make_tiny_model
-from tests.faults.document import keep_marked
+from tests.faults.document import MARKED, shown_by
 from tests.oracle import Oracle
 
 pytest_plugins = ["arealite.testing.plugin"]
@@ -52,4 +52,4 @@ def judge_every_fault(request: pytest.FixtureRequest) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    keep_marked(config, items)
+    config.stash[MARKED] = shown_by(items)  # before any of them is deselected

@@ -89,6 +89,8 @@ class Fleet:
             asked_at: the committed version when it was asked.
         """
         server.version = version
+        if not self.is_pusher:
+            server.has_missed_update = False  # whoever pushes takes care of it
         if server.has_missed_update or not self._is_current(version, asked_at):
             server.state = "stale"
             server.reason = f"it has weights of version {version}, not {self.version}"

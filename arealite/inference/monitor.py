@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from arealite.errors import ServerError
+from arealite.errors import ArealiteError, ServerError
 from arealite.inference.connection import (
     Connection,
     NoAnswerError,
@@ -102,7 +102,10 @@ class Monitor:
         while True:
             await self.probe(server)
             if server.state == "stale":
-                await self._pusher.sync(server)
+                try:
+                    await self._pusher.sync(server)
+                except ArealiteError as error:  # it stays stale, and is tried again
+                    self._fleet.missed_update(server, str(error))
                 self._changed()
             suspected = self._suspected[server]
             suspected.clear()

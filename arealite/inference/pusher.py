@@ -8,7 +8,7 @@ An update commits its version when every server that still serves has acknowledg
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal
 
 import msgspec
@@ -60,6 +60,7 @@ class Pusher:
     Args:
         drain_timeout_s: limit of a pause that waits for running requests to end.
         lost: called on the event loop with a server that is gone, and the reason.
+        probe: finds out whether a server has an engine that works.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class Pusher:
         kv: Kv,
         drain_timeout_s: float,
         lost: Callable[[Server, str], None],
+        probe: Callable[[Server], Awaitable[None]],
     ) -> None:
         self._fleet = fleet
         self._connections = connections
         self._lost = lost
+        self._probe = probe
         self._pause_path = _pause_path(interrupt, kv)
         self._is_drained = interrupt == "drain"
         self._pause_timeout_s = drain_timeout_s if self._is_drained else CONTROL_TIMEOUT_S
@@ -107,6 +110,8 @@ class Pusher:
             return
         for server in self._fleet.servers:
             self._run(self.sync(server), 8 * CONTROL_TIMEOUT_S, "a second try to push the weights")
+            if server.state == "stale":  # or its engine is dead, which comes back without our help
+                self._run(self._probe(server), CONTROL_TIMEOUT_S, "a server that takes no weights")
         states = {server.state for server in self._fleet.servers}
         if "stale" in states and "serving" not in states:
             raise ServerError(f"no server took the weights: {self._fleet.describe()}")

@@ -76,6 +76,7 @@ class VLLMEngine:
             kv=self._cfg.kv,
             drain_timeout_s=self._cfg.request_timeout_s,
             lost=lambda server, reason: self._monitor.lost(server, reason),
+            probe=lambda server: self._monitor.probe(server),
         )
         self._monitor = Monitor(
             self._fleet,
@@ -91,7 +92,6 @@ class VLLMEngine:
         self._durations_s = deque[float](maxlen=256)
         self._num_retries = 0
         self._request_numbers = itertools.count()
-        self._is_closed = False
         self._retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((RetryableError, UnreadableReplyError)),
             stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
@@ -186,7 +186,6 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Close all connections. The servers stay; `serve()` owns them."""
-        self._is_closed = True
         if self._watching is not None:
             self._watching.cancel()
             self._watching = None
@@ -272,11 +271,12 @@ class VLLMEngine:
 
     async def _serving(self, conversation: int | None, avoid: Server | None) -> Server:
         """A server to ask, as soon as there is one."""
-        if (server := self._fleet.choose(conversation, avoid)) is not None and not self._is_closed:
+        has_ended = self._watching is None or self._watching.done()
+        if (server := self._fleet.choose(conversation, avoid)) is not None and not has_ended:
             return server
         began_s = time.monotonic()
         with waiting("a server that serves"):
-            while (server := self._fleet.choose(conversation, avoid)) is None or self._is_closed:
+            while (server := self._fleet.choose(conversation, avoid)) is None or has_ended:
                 self._check_hope(time.monotonic() - began_s)
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._look_again.wait(), 1.0)
@@ -284,8 +284,12 @@ class VLLMEngine:
 
     def _check_hope(self, waited_s: float) -> None:
         """Raise if no server will come, however long a request waits."""
-        if self._is_closed:
+        if self._watching is None:
             raise ServerError("The engine was closed while a request was running.")
+        if self._watching.done():
+            raise NoServerError("Nobody watches the servers any more.") from (
+                self._watching.exception()
+            )
         if failure := self._servers.failure():
             raise NoServerError(failure)
         if waited_s > self._servers.recovery_timeout_s and not self._fleet.is_updating:

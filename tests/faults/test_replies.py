@@ -180,7 +180,7 @@ WRONG: dict[str, tuple[int, str]] = {
 @pytest.mark.parametrize(
     ("name", "reason"),
     [
-        pytest.param(name, reason, marks=pytest.mark.fault(row, f"a proxy edits a reply: {name}"))
+        pytest.param(name, reason, marks=pytest.mark.fault(row, name))
         for name, (row, reason) in WRONG.items()
     ],
 )
@@ -196,7 +196,7 @@ def test_a_wrong_reply_costs_its_row_and_nothing_else(
     assert num_met(proxy) == 1
 
 
-@pytest.mark.fault(21, "a proxy puts in the first id behind the vocabulary")
+@pytest.mark.fault(21, "the first id behind the vocabulary")
 def test_the_first_token_id_behind_the_vocabulary_is_refused(
     oracle: Oracle, proxy: FaultProxy, connect: Connect
 ):
@@ -206,7 +206,7 @@ def test_the_first_token_id_behind_the_vocabulary_is_refused(
     assert len(ledger.lost) == 1
 
 
-@pytest.mark.fault(20, "a proxy edits every reply: log-prob is -9999")
+@pytest.mark.fault(20, "log-prob is -9999, in every reply")
 def test_weights_that_became_nan_end_the_run(oracle: Oracle, proxy: FaultProxy, connect: Connect):
     edit = break_some(proxy, BAD_GENERATE_REPLIES["log-prob is -9999"], range(1000))
     with oracle.ends_with(
@@ -215,7 +215,7 @@ def test_weights_that_became_nan_end_the_run(oracle: Oracle, proxy: FaultProxy, 
         oracle.train(connect(proxy), asking(), ROWS, steps=20, at={0: edit})
 
 
-@pytest.mark.fault(22, "a proxy edits a reply: span of a version that is no number")
+@pytest.mark.fault(22, "span of a version that is no number")
 def test_a_reply_of_weights_that_nobody_pushed_is_asked_for_again(
     oracle: Oracle, proxy: FaultProxy, connect: Connect
 ):
@@ -224,7 +224,7 @@ def test_a_reply_of_weights_that_nobody_pushed_is_asked_for_again(
 
 
 @pytest.mark.xfail(reason="`usage` is not read", strict=True)
-@pytest.mark.fault(23, "a proxy edits a reply: usage.completion_tokens is too large")
+@pytest.mark.fault(23, "usage.completion_tokens is too large")
 def test_a_count_of_tokens_that_does_not_fit_is_refused(
     oracle: Oracle, proxy: FaultProxy, connect: Connect
 ):

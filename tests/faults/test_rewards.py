@@ -135,9 +135,7 @@ def test_a_process_that_left_the_workers_session_ends_with_it(
 @pytest.mark.parametrize(
     ("expression", "shown"),
     [
-        pytest.param(
-            expression, shown, marks=pytest.mark.fault(43, f"a reward returns {expression}")
-        )
+        pytest.param(expression, shown, marks=pytest.mark.fault(43, f"`{expression}`"))
         for expression, shown in {
             "None": "NoneType None",
             "float('nan')": "float nan",
@@ -157,7 +155,7 @@ def test_a_reward_that_returns_no_number_costs_its_row(
     assert_victim_is_recorded(ledger, f"returned {shown}", "not a finite int or float")
 
 
-@pytest.mark.fault(43, "a reward returns a tensor")
+@pytest.mark.fault(43, "`torch.tensor(1.0)`")
 def test_a_reward_that_returns_a_tensor_costs_its_row(oracle: Oracle):
     async def reward(text: str, row: Row) -> object:
         return torch.tensor(1.0) if row["id"] == VICTIM else float(row["id"])
@@ -188,9 +186,7 @@ def test_a_call_that_costs_two_workers_is_given_up(oracle: Oracle, reward_pool: 
 @pytest.mark.parametrize(
     ("expression", "reason"),
     [
-        pytest.param(
-            expression, reason, marks=pytest.mark.fault(45, f"a reward calls {expression}")
-        )
+        pytest.param(expression, reason, marks=pytest.mark.fault(45, f"`{expression}`"))
         for expression, reason in {
             "sys.exit('bye')": "raised SystemExit: bye",
             "os._exit(3)": "its worker ended with exit code 3, twice",

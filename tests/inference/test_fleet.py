@@ -74,6 +74,16 @@ def test_who_does_not_push_takes_a_server_that_is_one_version_ahead_for_current(
     assert fleet.choose() is None
 
 
+def test_who_does_not_push_takes_the_servers_word_for_an_update_that_it_had_missed():
+    fleet = fleet_of(1)
+    fleet.is_pusher = False
+    fleet.missed_update(fleet.servers[0], "its reply named other weights")
+    fleet.heard(fleet.servers[0], None)
+    assert fleet.choose() is None
+    fleet.heard(fleet.servers[0], 3)
+    assert fleet.choose() is fleet.servers[0]
+
+
 def test_an_update_commits_without_the_server_that_missed_it():
     fleet = fleet_of(2)
     slow, fast = fleet.begin_update()

@@ -111,6 +111,7 @@ def test_killing_the_supervisor_ends_the_servers_and_the_run(run: Run):
     assert_nothing_is_left(run)
 
 
+@pytest.mark.fault(2, "kill -9 of the parent of a process that ignores SIGTERM")
 def test_a_killed_server_is_started_again_on_its_port_without_what_it_left(run: Run):
     server = run.server()
     orphan = next(pid for pid in run.family if pid not in (run.owner, server.pid))
@@ -124,6 +125,7 @@ def test_a_killed_server_is_started_again_on_its_port_without_what_it_left(run: 
     assert run.server().pid != server.pid
 
 
+@pytest.mark.fault(4, "SIGSTOP of a server")
 def test_a_server_that_hangs_is_killed_and_started_again(run: Run):
     server = run.server()
     server.suspend()
@@ -134,6 +136,7 @@ def test_a_server_that_hangs_is_killed_and_started_again(run: Run):
     assert run.server().pid != server.pid
 
 
+@pytest.mark.fault(5, "SIGSTOP of a server for 1.5 s")
 def test_a_server_that_stalls_for_a_moment_is_left_alone(run: Run):
     server = run.server()
     server.suspend()
@@ -143,6 +146,7 @@ def test_a_server_that_stalls_for_a_moment_is_left_alone(run: Run):
     assert run.server().pid == server.pid
 
 
+@pytest.mark.fault(8, "a server that dies 1 s after each start")
 def test_a_server_that_dies_again_and_again_ends_the_run_with_its_log(start: Callable[..., Run]):
     run = start("dies soon")
     assert run.process.wait(30) == 1
@@ -155,22 +159,26 @@ def test_a_server_that_dies_again_and_again_ends_the_run_with_its_log(start: Cal
     assert_nothing_is_left(run)
 
 
+@pytest.mark.fault(7, "a server that ends at once")
 def test_a_server_that_cannot_start_shows_the_end_of_its_log(tmp_path: Path):
     with pytest.raises(ServerError, match=r"exit code 1. Its log .*server-0.log ends:\ncannot fin"):
         _Supervisor(spec(str(tmp_path), "fails"), startup_timeout_s=20)
 
 
+@pytest.mark.fault(7, "a server that only sleeps")
 def test_a_server_that_never_answers_is_given_up_at_the_deadline(tmp_path: Path):
     with pytest.raises(ServerError, match=r"not ready within 1 s. Raise server.startup_timeout_s"):
         _Supervisor(spec(str(tmp_path), "silent", startup_timeout_s=1), startup_timeout_s=1)
 
 
+@pytest.mark.fault(10, "a server whose first start finds its port taken")
 def test_a_port_taken_between_the_choice_and_the_start_is_replaced_by_another(tmp_path: Path):
     running = _Supervisor(spec(str(tmp_path), "port taken once"), startup_timeout_s=20)
     assert (tmp_path / "marker").exists()
     running.close()
 
 
+@pytest.mark.fault(9, "a socket that listens on the port")
 def test_a_port_that_somebody_listens_on_is_named_with_its_owner():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]

@@ -132,6 +132,19 @@ def test_weights_that_every_server_refuses_are_an_error_at_once(
         push(engine, 0)
 
 
+def test_a_server_whose_engine_is_dead_refuses_weights_and_that_is_no_error(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    proxy = fault_proxy(scripted_server().address)
+    with VLLMEngine([proxy.address]) as engine:
+        push(engine, 0)
+        proxy.inject(faults.Status(500))  # what vLLM answers until its API server has ended
+        push(engine, 1)
+        running = start(engine, 2)
+        proxy.clear()
+        assert [set(response.versions) for response in running.result(30)] == [{1}] * 2
+
+
 def test_a_conversation_stays_on_its_server(scripted_server: Callable[..., ScriptedServer]):
     servers = [scripted_server() for _ in range(3)]
     with VLLMEngine([server.address for server in servers]) as engine:
@@ -238,3 +251,20 @@ def test_closing_ends_requests_that_run(scripted_server: Callable[..., ScriptedS
     engine.close()
     with pytest.raises(ServerError, match="was closed while a request was running"):
         running.result(5)
+
+
+@pytest.mark.fault(61, "the task that watches the servers raises")
+def test_an_error_of_the_task_that_watches_the_servers_reaches_whoever_asks(
+    scripted_server: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+):
+    with VLLMEngine([scripted_server().address]) as engine:
+        push(engine, 0)
+
+        async def broken(_: object) -> None:
+            raise KeyError("a bug")
+
+        monkeypatch.setattr(engine._monitor, "probe", broken)
+        wait_until(lambda: engine._watching is not None and engine._watching.done())
+        with pytest.raises(NoServerError, match="Nobody watches the servers any more") as raised:
+            start(engine, 1).result(5)
+    assert "a bug" in repr(raised.value.__cause__.exceptions)  # type: ignore[union-attr]

@@ -57,9 +57,8 @@ class Figures:
     recoveries_s: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def is_clean(self) -> bool:
-        return not any(
-            (self.lost, self.duplicated, self.orphans, self.staleness_violations, self.hangs)
-        )
+        problems = (self.lost, self.duplicated, self.orphans, self.staleness_violations)
+        return not any((*problems, self.hangs, self.unexpected_ends))
 
 
 class Campaign:

@@ -1,5 +1,6 @@
 """Kill any process of a run, at any moment: nothing is left behind, and the run continues."""
 
+import contextlib
 import json
 import os
 import signal
@@ -8,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from arealite.testing.http_server import ScriptedServer
 from tests.oracle import RecipeRun, read_ledger, recipe_runs
 
 pytestmark = pytest.mark.soak
@@ -73,6 +75,42 @@ def test_a_run_killed_twice_ends_with_the_accuracy_of_one_that_was_not(
     assert figures["accuracy_before"] <= 0.60
     assert figures["accuracy_after"] >= 0.90
     assert_every_row_is_used_once(last.out_dir, steps=80)
+
+
+def test_with_one_of_two_servers_killed_the_demo_ends_with_its_accuracy(
+    start: Callable[..., RecipeRun],
+):
+    run = start("server.num_cpu_servers=2")
+    run.wait_until(lambda: run.steps_done() >= 30)
+    run.find("api_server").kill()
+    run.assert_ended(0, within_s=500)
+    assert "serves again" in run.printed()
+    figures = json.loads(run.printed().splitlines()[-1])
+    assert figures["accuracy_before"] <= 0.60
+    assert figures["accuracy_after"] >= 0.90
+    assert_every_row_is_used_once(run.out_dir, steps=80)
+
+
+@pytest.mark.parametrize("num_servers", [1, 2])
+def test_when_all_attached_servers_are_gone_the_run_ends_with_one_line_and_its_last_step_saved(
+    start: Callable[..., RecipeRun], num_servers: int
+):
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(scripted_math_server()) for _ in range(num_servers)]
+        addresses = ",".join(server.address for server in servers)
+        run = start("steps=100000", "eval_every_steps=100000", f"server.addresses=[{addresses}]")
+        run.wait_until(lambda: run.steps_done() >= 5)
+        for server in servers:
+            server.die()
+        run.assert_ended(1, "error: No server has served for", within_s=60)
+    done = run.steps_done()
+    assert checkpointed_version(run.out_dir) == done >= 5
+    read_ledger(run.out_dir).check()
+
+
+def scripted_math_server() -> ScriptedServer:
+    """A server whose random answers the embedded model could have given."""
+    return ScriptedServer(vocab_size=55, max_model_len=256, tokens_per_s=400)
 
 
 def strike_at_step(step: int, victim: str, run: RecipeRun) -> None:
