@@ -75,8 +75,8 @@ class ServerConfig:
     request_timeout_s: float = 3600.0
     """Limit of one generation in seconds, waiting in the server's queue included."""
     patience_s: float = 60.0
-    """A request that takes longer than this, and 10 times the longest of the latest 256, is asked
-    again, of another server where there is one."""
+    """A request that takes longer than this, and 10 times what nine in ten of the latest 256 took,
+    is asked again, of another server where there is one."""
     hang_timeout_s: float = 15.0
     """Silence of a server's engine in seconds after which it is given up, and started again."""
     progress_timeout_s: float = 60.0

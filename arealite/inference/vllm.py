@@ -44,7 +44,7 @@ MAX_ATTEMPTS = 5
 MAX_LOST_SERVERS = 5
 """A request whose servers died so often may be the reason."""
 SLOW_FACTOR = 10
-"""A request that takes so many times as long as the longest of late is asked again."""
+"""A request that takes so many times as long as nine in ten of late is asked again."""
 
 
 class VLLMEngine:
@@ -266,8 +266,8 @@ class VLLMEngine:
         """How long a request may take: much longer than those before it, but not for ever."""
         if len(self._durations_s) < 16:
             return self._cfg.request_timeout_s
-        slow_s = max(self._cfg.patience_s, SLOW_FACTOR * max(self._durations_s))
-        return min(slow_s, self._cfg.request_timeout_s)
+        usual_s = sorted(self._durations_s)[len(self._durations_s) * 9 // 10]
+        return min(max(self._cfg.patience_s, SLOW_FACTOR * usual_s), self._cfg.request_timeout_s)
 
     async def _serving(self, conversation: int | None, avoid: Server | None) -> Server:
         """A server to ask, as soon as there is one."""

@@ -39,7 +39,8 @@ def proxy(server: ScriptedServer, fault_proxy: Callable[..., FaultProxy]) -> Fau
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., VLLMEngine]]:
     """A client of servers and proxies, with any setting of `ServerConfig`; closed in the end."""
-    monkeypatch.setattr(monitor, "SYNC_AGAIN_S", 0.2)  # a second try comes sooner than in a run
+    for interval in ("PROBE_EVERY_S", "SYNC_AGAIN_S"):  # shorter than in a run
+        monkeypatch.setattr(monitor, interval, 0.2)
     with ExitStack() as stack:
 
         def connect_to(*servers: ScriptedServer | FaultProxy, **settings: float) -> VLLMEngine:

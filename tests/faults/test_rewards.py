@@ -126,7 +126,7 @@ def test_a_process_that_left_the_workers_session_ends_with_it(
     processes = [psutil.Process(int(file.name)) for file in tmp_path.iterdir()]
     pool.close()
     try:
-        wait_until(lambda: not any(map(is_alive, processes)), within_s=2)
+        wait_until(lambda: not any(map(is_alive, processes)), within_s=1)
     finally:
         for process in filter(is_alive, processes):
             process.kill()

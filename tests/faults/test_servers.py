@@ -84,7 +84,7 @@ def test_a_server_with_a_dead_engine_is_given_up_and_serves_again_with_the_weigh
 def test_a_server_that_hangs_is_given_up_and_serves_again_when_it_answers(
     oracle: Oracle, server: ScriptedServer, other_server: ScriptedServer, connect: Connect
 ):
-    engine = connect(server, other_server, hang_timeout_s=3.0)
+    engine = connect(server, other_server, hang_timeout_s=2.0)
 
     def go_on_once_given_up() -> None:
         with urllib.request.urlopen(f"{server.address}/health", timeout=10) as reply:

@@ -56,7 +56,7 @@ def test_an_update_that_no_server_takes_ends_the_run_with_its_answer(
 ):
     engine = connect(proxy)
     refuse = lambda: proxy.inject(Status(500), path="/start_weight_update")  # noqa: E731
-    with oracle.ends_with(ServerError, "version 2 did not reach the servers.*500: .*injected"):
+    with oracle.ends_with(ServerError, "version 2 did not reach the servers: .*no server took the"):
         oracle.train(engine, asking(), ROWS, at={1: refuse})
 
 
@@ -77,7 +77,7 @@ def test_a_server_that_nothing_reaches_is_given_up_and_the_other_carries_on(
     proxy: FaultProxy,
     connect: Connect,
 ):
-    engine = connect(proxy, other_server, hang_timeout_s=3.0)
+    engine = connect(proxy, other_server, hang_timeout_s=2.0)
     ledger = oracle.train(engine, asking(), ROWS, at={1: lambda: proxy.inject(Blackhole())})
     assert_as_sampled(ledger)
     assert ledger.lost == {}
