@@ -24,6 +24,8 @@ CONTROL_TIMEOUT_S = 120.0
 """Limit of each single call that pauses, updates or resumes a server."""
 CANARY = {"token_ids": [1] * 8, "sampling_params": {"max_tokens": 2, "logprobs": 0}}
 """At least eight tokens: a first prompt of one has been seen to kill a CPU worker."""
+CANARY_TIMEOUT_S = 15.0
+"""Short, because no update of the other servers can begin meanwhile."""
 
 Interrupt = Literal["keep", "drain"]
 Kv = Literal["recompute", "reuse"]
@@ -162,7 +164,7 @@ class Pusher:
             self._post_each([server], _pause_path("keep", "recompute"), {})
             and self._send([server], self._snapshot.weights(), version)
             and self._post_each([server], "/resume", {})
-            and self._post_each([server], "/inference/v1/generate", CANARY)
+            and self._post_each([server], "/inference/v1/generate", CANARY, CANARY_TIMEOUT_S)
         )
 
     def _send(self, servers: list[Server], weights: NamedWeights, version: int) -> list[Server]:
@@ -173,11 +175,17 @@ class Pusher:
             left = self._post_each(left, "/update_weights", {"update_info": update})
         return self._post_each(left, "/finish_weight_update", {"weight_version": str(version)})
 
-    def _post_each(self, servers: list[Server], path: str, body: dict[str, Any]) -> list[Server]:
+    def _post_each(
+        self,
+        servers: list[Server],
+        path: str,
+        body: dict[str, Any],
+        limit_s: float = CONTROL_TIMEOUT_S,
+    ) -> list[Server]:
         if not servers:
             return []
-        calls = self._each(servers, path, body, CONTROL_TIMEOUT_S)
-        return self._run(calls, CONTROL_TIMEOUT_S + 5, f"{path} on {len(servers)} servers")
+        calls = self._each(servers, path, body, limit_s)
+        return self._run(calls, 2 * limit_s + 5, f"{path} on {len(servers)} servers")
 
     async def _open(self, servers: list[Server]) -> list[Server]:
         assert self._transport is not None

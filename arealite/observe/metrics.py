@@ -31,6 +31,9 @@ batch that made it. Names, in the order in which a step meets them:
 | train/lr | learning rate of the last optimizer step |
 | train/skipped | optimizer steps left out because their gradient was not finite |
 | train/NAME | LossOutput.metrics NAME: mean over trainable tokens, without skipped steps |
+| server/prefix_hit_rate | share of prompt tokens that servers found in their caches |
+| server/retries | requests of rank 0 that were asked again since the step before |
+| server/lost | times that rank 0 gave a server up since then: it died, or hung |
 | time/step_s | seconds since the previous call of `log`, so without evaluation and start-up |
 | time/tokens_per_s | rollout/tokens per time/step_s |
 | eval/reward | mean reward of greedy samples on test rows, from the recipe's `evaluate` |
