@@ -8,11 +8,11 @@ import pytest
 
 from arealite.inference.vllm import VLLMEngine
 from arealite.rollout.workflows import SingleTurnWorkflow
-from arealite.testing import FaultProxy, ScriptedEngine, byte_tokenizer
+from arealite.testing import FaultProxy, ScriptedEngine, ScriptedServer, byte_tokenizer
 from arealite.testing.fault_proxy import Exchange
 from arealite.testing.faults import Status
 from arealite.types import Row, SamplingParams
-from tests.faults.training import GENERATE, ROWS, no_reward
+from tests.faults.training import GENERATE, ROWS, VOCAB_SIZE, no_reward
 from tests.oracle import Ledger, Oracle
 
 GROUP_SIZE = 4
@@ -30,8 +30,13 @@ def assert_one_group_dropped_whole(ledger: Ledger) -> None:
 
 @pytest.mark.fault(54, "a proxy answers 400 to one of the four requests of a group")
 def test_a_group_with_a_refused_request_is_dropped_and_its_other_requests_end(
-    oracle: Oracle, proxy: FaultProxy, connect: Callable[..., VLLMEngine]
+    oracle: Oracle,
+    scripted_server: Callable[..., ScriptedServer],
+    fault_proxy: Callable[..., FaultProxy],
+    connect: Callable[..., VLLMEngine],
 ):
+    server = scripted_server(vocab_size=VOCAB_SIZE, tokens_per_s=100)
+    proxy = fault_proxy(server.address)
     rows: list[Row] = [{"question": f"{i} + 1?"} for i in range(100)]  # each is used once
     refuse = lambda: proxy.inject(Status(400), on=[2], path=GENERATE)  # noqa: E731
     ledger = oracle.train(connect(proxy), asking_four_times(), rows, at={0: refuse})

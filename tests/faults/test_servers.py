@@ -15,8 +15,8 @@ from arealite.inference.vllm import VLLMEngine
 from arealite.testing import FaultProxy, ScriptedServer
 from arealite.testing.faults import Status
 from tests.faults.training import (
-    GENERATE,
     ROWS,
+    VOCAB_SIZE,
     asking,
     assert_as_sampled,
     is_given_up,
@@ -33,15 +33,16 @@ Connect = Callable[..., VLLMEngine]
 
 @pytest.mark.fault(1, "all connections of one of two servers break while it generates")
 def test_requests_of_a_server_that_dies_start_again_on_the_other(
-    oracle: Oracle, server: ScriptedServer, other_server: ScriptedServer, connect: Connect
+    oracle: Oracle, scripted_server: Callable[..., ScriptedServer], connect: Connect
 ):
-    engine = connect(server, other_server)
+    dying, other = (scripted_server(vocab_size=VOCAB_SIZE, tokens_per_s=20) for _ in range(2))
+    engine = connect(dying, other)
 
     def die_while_generating() -> None:
-        server.wait_for(GENERATE, server.count(GENERATE) + 1)
-        server.die()
+        wait_until(lambda: engine._fleet.servers[0].running > 0)
+        dying.die()
 
-    ledger = oracle.train(engine, asking(), ROWS, steps=6, at={1: die_while_generating})
+    ledger = oracle.train(engine, asking(), ROWS, at={1: die_while_generating})
     assert_as_sampled(ledger)
     assert ledger.lost == {}
     assert engine.take_metrics()["server/lost"] == 1

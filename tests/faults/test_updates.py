@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 
 from arealite.errors import ServerError
+from arealite.inference.fleet import Fleet
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import FaultProxy, ScriptedServer
 from arealite.testing.faults import Blackhole, Reset, Status
@@ -58,6 +59,18 @@ def test_an_update_that_no_server_takes_ends_the_run_with_its_answer(
     refuse = lambda: proxy.inject(Status(500), path="/start_weight_update")  # noqa: E731
     with oracle.ends_with(ServerError, "version 2 did not reach the servers: .*no server took the"):
         oracle.train(engine, asking(), ROWS, at={1: refuse})
+
+
+@pytest.mark.xfail(reason="the words of the next probe take the place of the cause", strict=True)
+@pytest.mark.fault(36, "a server that has missed an update answers a probe")
+def test_a_server_that_missed_an_update_is_described_by_what_made_it():
+    fleet = Fleet(["http://a"], is_pusher=True)
+    [server] = fleet.servers
+    fleet.version = 0
+    fleet.heard(server, 0)
+    fleet.missed_update(server, "it answered 500")
+    fleet.heard(server, 0)
+    assert "it answered 500" in fleet.describe()
 
 
 @pytest.mark.fault(37, "a trainer pauses, begins an update, and is never heard of again")
