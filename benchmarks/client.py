@@ -529,7 +529,8 @@ def main(rounds: int) -> None:
     background.loop()  # has files of its own
     cells: list[Cell] = []
     print(
-        "| tokens | in flight | client | CPU us/request | ratio | late ms | stall ms | gc ms | leaked |"
+        "| tokens | in flight | client | CPU us/request | ratio | late ms | stall ms | gc ms "
+        "| leaked |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     with ServerProcess() as server:
