@@ -26,8 +26,17 @@ def loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
-            threading.Thread(target=_loop.run_forever, name="arealite-loop", daemon=True).start()
+            threading.Thread(target=_run, args=(_loop,), name="arealite-loop", daemon=True).start()
         return _loop
+
+
+def _run(loop: asyncio.AbstractEventLoop) -> None:
+    """Run for ever: an episode that calls sys.exit ends by it, and must not end all others."""
+    while True:
+        try:
+            return loop.run_forever()
+        except SystemExit:  # its task has it as its exception by now
+            continue
 
 
 def submit(coroutine: Coroutine[Any, Any, Result]) -> "concurrent.futures.Future[Result]":

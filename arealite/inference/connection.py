@@ -2,6 +2,7 @@
 
 import asyncio
 import email.utils
+import errno
 import os
 import time
 from typing import Any
@@ -108,6 +109,11 @@ class Connection:
                 f"{self.address}{path} did not answer within {limit_s:.0f} s."
             ) from error
         except (aiohttp.ClientError, OSError) as error:
+            if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
+                raise RetryableError(
+                    f"Too many open files for a connection to {self.address}. Raise the limit with "
+                    "`ulimit -n`, or lower rollout.max_running_prompts."
+                ) from error
             raise NoConnectionError(
                 f"No vLLM server answered at {self.address} ({type(error).__name__}). Start one "
                 "with `arealite serve --model MODEL`, or leave server.addresses empty to start it."

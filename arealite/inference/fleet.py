@@ -91,6 +91,8 @@ class Fleet:
         server.version = version
         if not self.is_pusher:
             server.has_missed_update = False  # whoever pushes takes care of it
+        if server.has_missed_update and server.state == "stale":
+            return  # with the reason it has
         if server.has_missed_update or not self._is_current(version, asked_at):
             server.state = "stale"
             server.reason = f"it has weights of version {version}, not {self.version}"

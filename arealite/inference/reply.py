@@ -41,8 +41,13 @@ class _Choice(msgspec.Struct):
     weight_versions: list[_Span] | None = None
 
 
+class _Usage(msgspec.Struct):
+    completion_tokens: int
+
+
 class _Reply(msgspec.Struct):
     choices: list[_Choice]
+    usage: _Usage | None = None
 
 
 _DECODER = msgspec.json.Decoder(_Reply)
@@ -106,13 +111,19 @@ def parse_reply(
 
 def _choice(content: bytes) -> _Choice:
     try:
-        [choice] = _DECODER.decode(content).choices
+        reply = _DECODER.decode(content)
+        [choice] = reply.choices
     except (msgspec.ValidationError, ValueError, RecursionError) as error:
         kind = TrajectoryError if _is_json(content) else UnreadableReplyError
         raise kind(
             f"A server's answer is not what vLLM's /inference/v1/generate gives: {error}. It "
             f"begins with {content[:80]!r}."
         ) from error
+    if reply.usage is not None and reply.usage.completion_tokens != len(choice.token_ids):
+        raise TrajectoryError(
+            f"A server sent {len(choice.token_ids)} tokens and counts "
+            f"{reply.usage.completion_tokens} of them."
+        )
     return choice
 
 

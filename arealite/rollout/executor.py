@@ -258,6 +258,13 @@ class RolloutExecutor:
                 self._lose(ticket, None)
             else:
                 self._accept(ticket, check_group(group, self._workflow))
+        except asyncio.CancelledError as error:
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise  # by us; otherwise something inside the episode was cancelled
+            self._lose(ticket, error_of_ours("was cancelled from within", error))
+        except SystemExit as error:
+            self._lose(ticket, error_of_ours(f"raised SystemExit: {error}", error))
         except Exception as error:
             self._lose(ticket, first_cause(error))
 
@@ -395,6 +402,13 @@ def first_cause(error: Exception) -> Exception:
     """The first error inside nested groups of errors."""
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
+    return error
+
+
+def error_of_ours(what: str, cause: BaseException) -> RolloutError:
+    """An ordinary error for what would have ended more than its episode."""
+    error = RolloutError(f"The episode {what}.")
+    error.__cause__ = cause
     return error
 
 

@@ -7,14 +7,13 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from arealite import background
 from arealite.config import parse, save_config
 from arealite.errors import ArealiteError, ConfigError, NoServerError, ServerError
 from arealite.inference.monitor import Monitor
@@ -122,7 +121,6 @@ def test_a_run_out_of_file_descriptors_ends_soon_and_does_not_spin(with_few_file
     assert with_few_files.cpu_s < 5
 
 
-@pytest.mark.xfail(reason="it says that no server answered", strict=True)
 @pytest.mark.fault(60, "200 requests at once under `ulimit -n 64`")
 def test_a_run_out_of_file_descriptors_names_the_limit(with_few_files: Ending):
     assert re.search(r"(?i)too many open files|ulimit", with_few_files.message)
@@ -189,7 +187,6 @@ class Raising:
         return await self._answering.arun_episode(engine, row)
 
 
-@pytest.mark.xfail(reason="the row stays in flight for ever", strict=True)
 @pytest.mark.fault(61, "an episode is cancelled from within")
 def test_an_episode_that_was_cancelled_from_within_is_recorded(oracle: Oracle):
     impatient = replace(SMALL, batch_timeout_s=1)
@@ -198,26 +195,8 @@ def test_an_episode_that_was_cancelled_from_within_is_recorded(oracle: Oracle):
     assert all("cancelled" in reason.lower() for reason in ledger.reasons.values())
 
 
-@pytest.fixture
-def own_loop(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Episodes run on a loop of this test alone, which may end."""
-    monkeypatch.setattr(background, "_loop", None)
-    yield
-    loop = background.loop()
-    if loop.is_running():
-        loop.call_soon_threadsafe(loop.stop)
-        wait_until(lambda: not loop.is_running())
-    tasks = asyncio.all_tasks(loop)
-    for task in tasks:
-        task.cancel()
-    loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
-    loop.set_exception_handler(lambda *_: None)  # else it logs, some time, what nobody asked for
-    loop.close()
-
-
-@pytest.mark.xfail(reason="it ends the thread in which all episodes run", strict=True)
 @pytest.mark.fault(61, "an episode calls sys.exit")
-def test_an_episode_that_exits_is_named(oracle: Oracle, own_loop: None):
+def test_an_episode_that_exits_is_named(oracle: Oracle):
     cfg = replace(SMALL, max_staleness=2, batch_timeout_s=1)
     rollouts = RolloutExecutor(ScriptedEngine(["fine"]), Raising(SystemExit), ROWS, cfg)
     try:

@@ -223,7 +223,6 @@ def test_a_reply_of_weights_that_nobody_pushed_is_asked_for_again(
     assert_all_arrived(oracle.train(connect(proxy), asking(), ROWS, at={0: edit}))
 
 
-@pytest.mark.xfail(reason="`usage` is not read", strict=True)
 @pytest.mark.fault(23, "usage.completion_tokens is too large")
 def test_a_count_of_tokens_that_does_not_fit_is_refused(
     oracle: Oracle, proxy: FaultProxy, connect: Connect

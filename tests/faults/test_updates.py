@@ -61,7 +61,6 @@ def test_an_update_that_no_server_takes_ends_the_run_with_its_answer(
         oracle.train(engine, asking(), ROWS, at={1: refuse})
 
 
-@pytest.mark.xfail(reason="the words of the next probe take the place of the cause", strict=True)
 @pytest.mark.fault(36, "a server that has missed an update answers a probe")
 def test_a_server_that_missed_an_update_is_described_by_what_made_it():
     fleet = Fleet(["http://a"], is_pusher=True)
