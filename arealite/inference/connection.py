@@ -63,22 +63,31 @@ class Connection:
         self._deadlines = set[asyncio.Timeout]()
         self._lost_reason = ""
 
-    async def post(self, path: str, body: bytes, *, limit_s: float, echo: bytes = b"") -> bytes:
+    async def post(
+        self,
+        path: str,
+        body: bytes,
+        *,
+        limit_s: float,
+        echo: bytes = b"",
+        may_reuse: bool = False,
+    ) -> bytes:
         """The body of a reply with status 200.
 
         Args:
             echo: the id that a reply repeats if it names its request at all. A reply that came
                 twice would otherwise be taken for that of the next request on its connection.
+            may_reuse: take a connection that has served other requests.
 
         Raises:
             RetryableError: by its kind, what may pass: see above.
             ServerError: it took longer than `limit_s`, or the server refused the request.
         """
-        return await self._request("POST", path, body, limit_s, echo)
+        return await self._request("POST", path, body, limit_s, echo, may_reuse)
 
     async def get(self, path: str, *, limit_s: float) -> bytes:
         """Like `post`."""
-        return await self._request("GET", path, None, limit_s, b"")
+        return await self._request("GET", path, None, limit_s, b"", False)
 
     def give_up(self, reason: str) -> None:
         """End every request that runs, with a ServerLostError; later ones are tried as usual."""
@@ -93,13 +102,20 @@ class Connection:
         self._sessions = {}
 
     async def _request(
-        self, method: str, path: str, body: bytes | None, limit_s: float, echo: bytes
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        limit_s: float,
+        echo: bytes,
+        may_reuse: bool,
     ) -> bytes:
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
                 self._deadlines.add(deadline)
-                return await self._exchange(method, path, body, echo, deadline)
+                session = self._session(is_kept=may_reuse)
+                return await self._exchange(session, method, path, body, echo, deadline)
         except TimeoutError as error:
             if deadline not in self._deadlines:
                 raise ServerLostError(f"{self.address} was given up: {self._lost_reason}") from None
@@ -122,12 +138,16 @@ class Connection:
             self._deadlines.discard(deadline)
 
     async def _exchange(
-        self, method: str, path: str, body: bytes | None, echo: bytes, deadline: asyncio.Timeout
+        self,
+        session: aiohttp.ClientSession,
+        method: str,
+        path: str,
+        body: bytes | None,
+        echo: bytes,
+        deadline: asyncio.Timeout,
     ) -> bytes:
-        # What a reply does not show to be its own is asked on a connection of its own.
-        async with self._session(is_kept=bool(echo)).request(
-            method, self._base + path, data=body, allow_redirects=False
-        ) as reply:
+        url = self._base + path
+        async with session.request(method, url, data=body, allow_redirects=False) as reply:
             limit = asyncio.get_running_loop().time() + BODY_TIMEOUT_S
             if deadline in self._deadlines and limit < (deadline.when() or limit):
                 deadline.reschedule(limit)

@@ -210,7 +210,7 @@ class VLLMEngine:
             for _ in range(MAX_LOST_SERVERS):
                 server = await self._serving(request.conversation, avoid)
                 try:
-                    return await self._ask(server, request, budget)
+                    return await self._ask(server, request, budget, may_reuse=avoid is None)
                 except (ServerLostError, StaleReplyError):
                     continue  # no fault of the request: it goes on elsewhere
                 except (RetryableError, UnreadableReplyError):
@@ -228,7 +228,9 @@ class VLLMEngine:
             await asyncio.sleep(max(0.1, getattr(error, "wait_s", 0.0)))
         return await self._retrying(attempt)
 
-    async def _ask(self, server: Server, request: ModelRequest, budget: int) -> ModelResponse:
+    async def _ask(
+        self, server: Server, request: ModelRequest, budget: int, *, may_reuse: bool
+    ) -> ModelResponse:
         """One answer of this server; what its failure says about the server is passed on."""
         request_id = f"{CLIENT_ID}-{next(self._request_numbers)}"
         body = msgspec.json.encode(_generate_body(request, budget) | {"request_id": request_id})
@@ -241,6 +243,7 @@ class VLLMEngine:
                 body,
                 limit_s=self._limit_s(),
                 echo=request_id.encode(),
+                may_reuse=may_reuse,
             )
             response = parse_reply(
                 content,
