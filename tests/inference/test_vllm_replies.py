@@ -374,6 +374,7 @@ def test_a_reply_without_tokens_is_parsed():
     reply = valid_reply()
     empty = {"token_ids": [], "logprobs": {"content": []}, "weight_versions": []}
     reply["choices"][0] |= empty | {"finish_reason": "abort"}
+    reply["usage"]["completion_tokens"] = 0
     assert parse_reply(json.dumps(reply).encode()).token_ids == []
 
 
