@@ -4,21 +4,25 @@
     python benchmarks/async_vs_sync.py --short      # one cell, a few minutes
 
 A seeded trace says how many tokens each response has (log-normal, `ignore_eos`); real vLLM, pinned
-to one core, generates them, and a real trainer, pinned to the other, computes on them. Every mode
-gets the same trace, the same number of passes over each batch and the same pushes; the modes take
-turns, some steps each. The ratio train/generate is set once per trace, as passes over the batch
-against the time that vLLM alone needs for one batch.
+to one core, generates them, and a real trainer, pinned to the other, trains on them. Every mode
+gets the same trace, the same amount of training for each batch and the same pushes; the modes take
+turns, some steps each. The ratio train/generate is that of synchronous training: the time for
+training on one batch against the time in which the server, with nothing else to do, generates one.
+It is reached by training on a part of the batch only, or on parts of it again.
 
-`limit` is min(vLLM alone, trainer alone) in tokens/s, `of limit` the share that a mode consumes of
-it. `sync, both cores` is the other fair baseline: each phase may use the whole machine (a server
-with two threads, a trainer with two threads). The last line is JSON: `best_fifo_ratio` (fifo at 4
-or window at 2, over the pinned sync, sigma 1, ratio .5), `ready_share_of_limit` (same cell) and
-`worst_ratio` (lowest of any mode and cell over its sync).
+`limit` is min(vLLM alone, trainer alone) in tokens/s, where vLLM always has as many requests as it
+takes at once; `of limit` is the share of it that a mode consumes. `sync, both cores` is the other
+fair baseline: each phase may use the whole machine (a server with two threads, a trainer with two
+threads). The last line is JSON: `best_fifo_ratio` (fifo at 4 or window at 2, over the pinned sync,
+sigma 1, ratio .5), `ready_share_of_limit` (same cell) and `worst_ratio` (lowest of any mode and
+cell over its sync).
 """
 
 import argparse
 import asyncio
+import itertools
 import json
+import math
 import os
 import random
 import statistics
@@ -26,9 +30,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,7 +42,7 @@ from arealite.api import InferenceEngine
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
 from arealite.rollout.admission import Order
-from arealite.rollout.executor import RolloutConfig, RolloutExecutor
+from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episodes
 from arealite.testing import make_tiny_model
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import attach, pack
@@ -54,8 +57,9 @@ from arealite.types import (
 )
 from arealite.weights import push_weights
 
-PROMPTS, GROUP_SIZE, PROMPT_TOKENS, MEAN_TOKENS, MAX_TOKENS = 8, 8, 24, 32, 480
-ROUNDS, STEPS, WARM_UP = 4, 6, 4  # of each chunk, the first steps fill the pipeline
+PROMPTS, GROUP_SIZE, PROMPT_TOKENS, MEAN_TOKENS, MAX_TOKENS = 8, 8, 16, 128, 2000
+MAX_NUM_SEQS = 64  # one batch, which is also where one core of a server is at its best
+ROUNDS, STEPS = 2, 10
 SIGMAS, RATIOS = (0.0, 0.5, 1.0), (0.5, 1.0)
 SERVER_CORE, TRAINER_CORE = 0, 1
 
@@ -95,8 +99,33 @@ class Measured:
         return sum(self.tokens) / sum(self.seconds)
 
 
+@dataclass
+class Cell:
+    """All modes on one trace at one ratio; what each engine does when it is alone."""
+
+    sigma: float
+    ratio: float
+    generate_s: float  # of one batch
+    train_s: float
+    vllm_tokens_per_s: float
+    trainer_tokens_per_s: float
+    passes: float
+    modes: dict[str, Measured]
+
+    def over_sync(self, mode: str) -> float:
+        """Speed of the mode; that of the pinned synchronous one is 1."""
+        return self.modes[mode].tokens_per_s / self.modes["sync"].tokens_per_s
+
+    def of_limit(self, mode: str) -> float:
+        """Tokens that the mode consumes, as a share of what the slower engine does alone."""
+        limit = min(self.vllm_tokens_per_s, self.trainer_tokens_per_s)
+        return self.modes[mode].tokens_per_s / limit
+
+
 class TraceWorkflow:
     """Responses of the lengths that a row asks for."""
+
+    group_size = GROUP_SIZE
 
     async def arun_episode(self, engine: InferenceEngine, row: Row) -> list[Trajectory]:
         return list(await asyncio.gather(*(self.sample(engine, row, n) for n in row["lengths"])))
@@ -118,49 +147,49 @@ class TraceWorkflow:
 
 
 def trace(sigma: float, num_rows: int = 4096) -> list[Row]:
-    """Rows with a prompt and the lengths of its responses; their mean is the same for any sigma."""
+    """Rows with a prompt and the lengths of its responses; their mean is the same for any sigma.
+
+    Half of the variance of the logarithm belongs to the prompt, half to the sample, as in order.py.
+    """
     dice = random.Random(1)
+    spread = sigma * math.sqrt(0.5)
 
-    def length() -> int:
-        drawn = MEAN_TOKENS * dice.lognormvariate(-(sigma**2) / 2, sigma)
-        return max(1, min(MAX_TOKENS, round(drawn)))
+    def row() -> Row:
+        token_ids = [dice.randrange(3, 259) for _ in range(PROMPT_TOKENS)]
+        prompt = MEAN_TOKENS * math.exp(dice.gauss(-(sigma**2) / 2, spread))
+        lengths = [round(prompt * math.exp(dice.gauss(0, spread))) for _ in range(GROUP_SIZE)]
+        return {"token_ids": token_ids, "lengths": [min(max(1, n), MAX_TOKENS) for n in lengths]}
 
-    return [
-        {
-            "token_ids": [dice.randrange(3, 259) for _ in range(PROMPT_TOKENS)],
-            "lengths": [length() for _ in range(GROUP_SIZE)],
-        }
-        for _ in range(num_rows)
-    ]
+    return [row() for _ in range(num_rows)]
 
 
 class Trainer:
-    """One optimizer step on a batch, and as many forward passes more as the ratio asks for."""
+    """One optimizer step for a batch, of as much work as the ratio asks for."""
 
     def __init__(self, model: str, threads: int) -> None:
         self.engine = FSDPEngine(model, FSDPConfig(lr=1e-5, cpu_threads=threads))
-        self.forward_passes = 0.0
-        self._owed = 0.0
+        self.passes = 1.0
+        self._owed = 0.0  # groups, because only whole ones can be trained on
 
     def train(self, groups: list[list[Trajectory]]) -> None:
-        advantages = [[1.0 if sample.reward else -1.0 for sample in group] for group in groups]
+        """Train on the first groups only, or on all and the first again, as `passes` says."""
+        self._owed += self.passes * len(groups)
+        chosen = list(itertools.islice(itertools.cycle(groups), int(self._owed)))
+        self._owed -= len(chosen)
+        advantages = [[1.0 if sample.reward else -1.0 for sample in group] for group in chosen]
         [minibatch] = pack(
-            groups, advantages, num_minibatches=1, max_tokens=8192, aggregation="token"
+            chosen, advantages, num_minibatches=1, max_tokens=8192, aggregation="token"
         )
-        self._owed += self.forward_passes
-        while self._owed >= 1:
-            self.engine.logprobs(minibatch)
-            self._owed -= 1
         self.engine.step(attach(minibatch, proximal_logprobs=behavior(minibatch)), loss)
 
-    def calibrate(self, groups: list[list[Trajectory]], wanted_s: float) -> float:
-        """Choose the passes, so that one batch takes `wanted_s`; what it takes then, in seconds."""
-        self.forward_passes = 0.0
-        step_s = statistics.median(timed(partial(self.train, groups)) for _ in range(7))
-        self.forward_passes = 4.0
-        more_s = statistics.median(timed(partial(self.train, groups)) for _ in range(7)) - step_s
-        self.forward_passes = max(0.0, (wanted_s - step_s) / (more_s / 4))
-        return step_s + self.forward_passes * more_s / 4
+    def calibrate(self, batches: list[list[list[Trajectory]]], wanted_s: float) -> float:
+        """Choose `passes` so that a batch takes `wanted_s`; what it takes then, in seconds."""
+        self.passes, batch_s = 1.0, 0.0
+        for _ in range(3):  # the first also warms up; time is not quite linear in work
+            batch_s = timed(lambda: [self.train(batch) for batch in batches]) / len(batches)
+            latest, self.passes = self.passes, self.passes * wanted_s / batch_s
+        self.passes = latest
+        return batch_s
 
 
 def behavior(minibatch: list[MicroBatch]) -> list[torch.Tensor]:
@@ -189,14 +218,15 @@ def run_chunk(
     )
     start = Cursor(version=engine.version, next_row=place)
     with RolloutExecutor(engine, TraceWorkflow(), rows, cfg, start=start) as rollouts:
-        for step in range(WARM_UP + STEPS):
+        num_filling = mode.max_staleness + 1  # steps until the pipeline is full
+        for step in range(num_filling + STEPS):
             began_s = time.perf_counter()
             groups = rollouts.next_batch()
             version = engine.version
             trainer.train(groups)
             push_weights(trainer.engine, engine, version=version + 1)
             lost = rollouts.take_lost()
-            if step < WARM_UP:
+            if step < num_filling:
                 continue
             into.seconds.append(time.perf_counter() - began_s)
             ages = [version - v for g in groups for t in g for v in t.versions if v >= 0]
@@ -207,12 +237,12 @@ def run_chunk(
             into.dropped += len(lost)
 
 
-def vllm_alone(engine: VLLMEngine, rows: list[Row]) -> tuple[float, list[list[Trajectory]]]:
-    """Tokens/s with as much in flight as fifo at 4 has, and one batch to train on."""
+def vllm_alone(engine: VLLMEngine, rows: list[Row]) -> float:
+    """Tokens/s with as much in flight as fifo at 4 has."""
     workflow = TraceWorkflow()
     finished: list[tuple[float, list[Trajectory]]] = []
     places = iter(range(len(rows)))
-    wanted = 14 * PROMPTS
+    wanted = 20 * PROMPTS
 
     async def keep_busy() -> None:
         while len(finished) < wanted:
@@ -223,56 +253,73 @@ def vllm_alone(engine: VLLMEngine, rows: list[Row]) -> tuple[float, list[list[Tr
         await asyncio.gather(*(keep_busy() for _ in range(5 * PROMPTS)))
 
     background.run(all_of_them(), timeout_s=600, what="vLLM alone")
-    measured = finished[4 * PROMPTS : wanted]
+    measured = finished[5 * PROMPTS : wanted]
     tokens = sum(sample.response_length for _, group in measured[1:] for sample in group)
-    rate = tokens / (measured[-1][0] - measured[0][0])
-    return rate, [group for _, group in finished[:PROMPTS]]
+    return tokens / (measured[-1][0] - measured[0][0])
 
 
-def measure_cell(
-    engine: VLLMEngine, trainer: Trainer, sigma: float, ratio: float, modes: tuple[Mode, ...]
-) -> dict[str, object]:
-    """All modes of one trace and ratio, in turn."""
+def one_by_one(
+    engine: VLLMEngine, rows: list[Row], num_batches: int = 6
+) -> tuple[float, list[list[list[Trajectory]]]]:
+    """Seconds from the first request of a batch to its last token; and the batches."""
+    batches: list[list[list[Trajectory]]] = []
+    began_s = time.perf_counter()
+    for start in range(0, num_batches * PROMPTS, PROMPTS):
+        batches.append(run_episodes(engine, TraceWorkflow(), rows[start : start + PROMPTS]))
+    return (time.perf_counter() - began_s) / num_batches, batches
+
+
+def measure_cells(
+    engine: VLLMEngine, trainer: Trainer, sigma: float, ratios: list[float]
+) -> Iterator[Cell]:
+    """All modes of one trace, in turn, at each ratio."""
     rows = trace(sigma)
-    tokens_per_batch = PROMPTS * sum(sum(row["lengths"]) for row in rows) / len(rows)
-    vllm_tokens_per_s, groups = vllm_alone(engine, rows)
-    generate_s = tokens_per_batch / vllm_tokens_per_s
-    train_s = trainer.calibrate(groups, ratio * generate_s)
-    limit = min(vllm_tokens_per_s, tokens_per_batch / train_s)
-    measured = {mode.name: Measured() for mode in modes}
-    for number in range(ROUNDS):
-        for mode in modes if number % 2 == 0 else reversed(modes):
-            run_chunk(engine, trainer, mode, rows, measured[mode.name], number * 1000)
-    return {
-        "sigma": sigma,
-        "ratio": ratio,
-        "vllm_alone_tokens_per_s": vllm_tokens_per_s,
-        "trainer_alone_tokens_per_s": tokens_per_batch / train_s,
-        "forward_passes": trainer.forward_passes,
-        "limit": limit,
-        "modes": {name: asdict(values) for name, values in measured.items()},
-    }
+    vllm_tokens_per_s = vllm_alone(engine, rows)
+    generate_s, batches = one_by_one(engine, rows)
+    num_tokens = sum(t.response_length for batch in batches for group in batch for t in group)
+    for ratio in ratios:
+        train_s = trainer.calibrate(batches, ratio * generate_s)
+        measured = {mode.name: Measured() for mode in MODES}
+        for number in range(ROUNDS):
+            for mode in MODES if number % 2 == 0 else reversed(MODES):
+                run_chunk(engine, trainer, mode, rows, measured[mode.name], number * 1000)
+                print(
+                    f"sigma {sigma:g}, ratio {ratio:g}, round {number}, {mode.name}: "
+                    f"{statistics.median(measured[mode.name].seconds[-STEPS:]):.2f} s per step",
+                    flush=True,
+                )
+        yield Cell(
+            sigma=sigma,
+            ratio=ratio,
+            generate_s=generate_s,
+            train_s=train_s,
+            vllm_tokens_per_s=vllm_tokens_per_s,
+            trainer_tokens_per_s=num_tokens / len(batches) / train_s,
+            passes=trainer.passes,
+            modes=measured,
+        )
 
 
-def sync_on_both_cores(cells: list[tuple[float, float, float]], folder: str) -> list[Measured]:
+def sync_on_both_cores(cells: list[Cell], folder: str) -> list[Measured]:
     """The synchronous mode in a process of its own, with no core set aside for either phase."""
-    command = [sys.executable, __file__, "--both", json.dumps(cells), folder]
-    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    work = json.dumps([(cell.sigma, cell.passes) for cell in cells])
+    command = [sys.executable, __file__, "--both", work, folder]
+    printed = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
     return [Measured(**values) for values in json.loads(printed.splitlines()[-1])]
 
 
-def measure_both(cells: list[tuple[float, float, float]], folder: str) -> None:
+def measure_both(work: list[tuple[float, float]], folder: str) -> None:
     """The other end of `sync_on_both_cores`."""
     trainer = Trainer(folder, threads=2)
     results: list[Measured] = []
-    cfg = ServerConfig(cpu_cores="0-1")
+    cfg = ServerConfig(cpu_cores="0-1", max_num_seqs=MAX_NUM_SEQS)
     with (
         serve(folder, cfg, log_dir=Path(folder) / "both") as servers,
         VLLMEngine(servers) as engine,
     ):
         push_weights(trainer.engine, engine, version=0)
-        for sigma, _, forward_passes in cells:
-            trainer.forward_passes = forward_passes
+        for sigma, passes in work:
+            trainer.passes = passes
             results.append(Measured())
             for number in range(ROUNDS):
                 run_chunk(engine, trainer, MODES[0], trace(sigma), results[-1], number * 1000)
@@ -286,28 +333,23 @@ def interval(values: list[float]) -> tuple[float, float]:
     return medians[25], medians[974]
 
 
-def print_cell(cell: dict, both: Measured) -> dict[str, float]:
-    """The table of one cell; tokens/s of each mode over those of the pinned sync."""
-    modes = {name: Measured(**values) for name, values in cell["modes"].items()}
-    modes["sync, both cores"] = both
-    sync = modes["sync"].tokens_per_s
+def print_cell(cell: Cell) -> None:
+    """The table of one cell, as it stands in docs/staleness.md."""
     print(
-        f"\nsigma {cell['sigma']}, train/generate {cell['ratio']}: vLLM alone "
-        f"{cell['vllm_alone_tokens_per_s']:.0f} tokens/s, trainer alone "
-        f"{cell['trainer_alone_tokens_per_s']:.0f}\n"
-        f"{'mode':18}{'s/step':>8}{'median':>8}{'95 % of median':>16}{'tokens/s':>10}"
-        f"{'over sync':>10}{'of limit':>9}{'mean age':>9}{'worst':>6}{'dropped':>8}"
+        f"\nsigma {cell.sigma:g}, train/generate {cell.ratio:g}: one batch takes "
+        f"{cell.generate_s:.2f} s to generate and {cell.train_s:.2f} s to train on; vLLM alone "
+        f"{cell.vllm_tokens_per_s:.0f} tokens/s, trainer alone {cell.trainer_tokens_per_s:.0f}\n\n"
+        "| mode | s per step, median (95 %) | tokens/s | over sync | of limit | age mean / worst "
+        "| dropped |\n|---|---|---|---|---|---|---|"
     )
-    for name, values in modes.items():
+    for name, values in cell.modes.items():
         low, high = interval(values.seconds)
         print(
-            f"{name:18}{statistics.fmean(values.seconds):8.2f}"
-            f"{statistics.median(values.seconds):8.2f}{f'{low:.2f} - {high:.2f}':>16}"
-            f"{values.tokens_per_s:10.0f}{values.tokens_per_s / sync:10.2f}"
-            f"{values.tokens_per_s / cell['limit']:9.2f}{statistics.fmean(values.ages):9.2f}"
-            f"{values.worst_age:6}{values.dropped / (values.dropped + values.consumed):8.1%}"
+            f"| {name} | {statistics.median(values.seconds):.2f} ({low:.2f}-{high:.2f}) "
+            f"| {values.tokens_per_s:.0f} | {cell.over_sync(name):.2f} | {cell.of_limit(name):.2f} "
+            f"| {statistics.fmean(values.ages):.2f} / {values.worst_age} "
+            f"| {values.dropped / (values.dropped + values.consumed):.0%} |"
         )
-    return {name: values.tokens_per_s / sync for name, values in modes.items()}
 
 
 def main() -> None:
@@ -319,45 +361,35 @@ def main() -> None:
     if arguments.both:
         return measure_both(json.loads(arguments.both[0]), arguments.both[1])
 
-    wanted = [(s, r) for s in SIGMAS for r in RATIOS if not arguments.short or (s, r) == (1.0, 0.5)]
+    sigmas, ratios = ([1.0], [0.5]) if arguments.short else (SIGMAS, RATIOS)
     with tempfile.TemporaryDirectory() as folder:
-        make_tiny_model(folder, max_model_len=512)
+        make_tiny_model(folder, max_model_len=2 * 1024)
         # A thread passes its core on to what it starts: first the servers, then our own threads.
         os.sched_setaffinity(0, {SERVER_CORE})
-        servers = serve(folder, ServerConfig(), log_dir=Path(folder) / "pinned")
+        cfg = ServerConfig(max_num_seqs=MAX_NUM_SEQS)
+        servers = serve(folder, cfg, log_dir=Path(folder) / "pinned")
         os.sched_setaffinity(0, {TRAINER_CORE})
+        cells: list[Cell] = []
         with servers, VLLMEngine(servers) as engine:
             trainer = Trainer(folder, threads=1)
             push_weights(trainer.engine, engine, version=0)
-            cells = [measure_cell(engine, trainer, s, r, MODES) for s, r in wanted]
+            for sigma in sigmas:
+                cells += measure_cells(engine, trainer, sigma, ratios)
         os.sched_setaffinity(0, {SERVER_CORE, TRAINER_CORE})
-        passes = [
-            (s, r, float(c["forward_passes"])) for (s, r), c in zip(wanted, cells, strict=True)
-        ]  # type: ignore[arg-type]
-        both = sync_on_both_cores(passes, folder)
+        for cell, both in zip(cells, sync_on_both_cores(cells, folder), strict=True):
+            cell.modes["sync, both cores"] = both
 
-    ratios = [print_cell(cell, other) for cell, other in zip(cells, both, strict=True)]
-    chosen = wanted.index((1.0, 0.5))
-    modes = cells[chosen]["modes"]
-    ready = Measured(**modes["ready 2"])  # type: ignore[index]
+    for cell in cells:
+        print_cell(cell)
     if arguments.out:
-        text = json.dumps({"cells": cells, "both": [asdict(other) for other in both]})
-        Path(arguments.out).write_text(text)
-    worst = min(v for cell in ratios for name, v in cell.items() if name != "sync, both cores")
-    print(
-        json.dumps(
-            {
-                "best_fifo_ratio": round(
-                    max(ratios[chosen]["fifo 4"], ratios[chosen]["window 2"]), 3
-                ),
-                "ready_share_of_limit": round(
-                    ready.tokens_per_s / float(cells[chosen]["limit"]),  # type: ignore[arg-type]
-                    3,
-                ),
-                "worst_ratio": round(worst, 3),
-            }
-        )
-    )
+        Path(arguments.out).write_text(json.dumps([asdict(cell) for cell in cells]))
+    [chosen] = [cell for cell in cells if (cell.sigma, cell.ratio) == (1.0, 0.5)]
+    figures = {
+        "best_fifo_ratio": max(chosen.over_sync("fifo 4"), chosen.over_sync("window 2")),
+        "ready_share_of_limit": chosen.of_limit("ready 2"),
+        "worst_ratio": min(cell.over_sync(mode.name) for cell in cells for mode in MODES),
+    }
+    print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 
 if __name__ == "__main__":

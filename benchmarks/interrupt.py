@@ -19,18 +19,16 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from async_vs_sync import (
-    GROUP_SIZE,
-    MEAN_TOKENS,
-    PROMPTS,
+    MAX_NUM_SEQS,
     ROUNDS,
     SERVER_CORE,
     TRAINER_CORE,
     Measured,
     Mode,
     Trainer,
+    one_by_one,
     run_chunk,
     trace,
-    vllm_alone,
 )
 
 from arealite.inference.server import ServerConfig, serve
@@ -71,9 +69,10 @@ def percentile(values: list[float], share: float) -> float:
 def main() -> None:
     rows = trace(SIGMA)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        make_tiny_model(folder, max_model_len=512)
+        make_tiny_model(folder, max_model_len=2 * 1024)
         os.sched_setaffinity(0, {SERVER_CORE})
-        servers = stack.enter_context(serve(folder, ServerConfig(), log_dir=Path(folder) / "logs"))
+        cfg = ServerConfig(max_num_seqs=MAX_NUM_SEQS)
+        servers = stack.enter_context(serve(folder, cfg, log_dir=Path(folder) / "logs"))
         os.sched_setaffinity(0, {TRAINER_CORE})
         trainer = Trainer(folder, threads=1)
         measured = {name: Measured() for name in KINDS}
@@ -81,8 +80,8 @@ def main() -> None:
         version = 0
         with VLLMEngine(servers) as engine:
             push_weights(trainer.engine, engine, version=version)
-            tokens_per_s, groups = vllm_alone(engine, rows)
-        trainer.calibrate(groups, RATIO * PROMPTS * GROUP_SIZE * MEAN_TOKENS / tokens_per_s)
+            generate_s, batches = one_by_one(engine, rows)
+        trainer.calibrate(batches, RATIO * generate_s)
         for number in range(ROUNDS):
             for name in random.Random(number).sample(list(KINDS), len(KINDS)):
                 with TimedEngine(servers.addresses, KINDS[name]) as engine:

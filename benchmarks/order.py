@@ -158,8 +158,6 @@ def simulate(setting: Setting, lengths: Lengths, *, train_time: float, seed: int
         start=Cursor(),
         order=setting.order,
     )
-    if SPARE is not None:
-        machine._spare = SPARE
     server, run = Server(), Run()
     now, version, began, train_end = 0.0, 0, 0.0, math.inf
     while version < STEPS:
@@ -182,9 +180,6 @@ def simulate(setting: Setting, lengths: Lengths, *, train_time: float, seed: int
             began = now if version == WARM_UP_STEPS else began
     run.time_per_step = (now - began) / (STEPS - WARM_UP_STEPS)
     return run
-
-
-SPARE = None
 
 
 def measure(run: Run, sync_time: float) -> dict[str, float]:

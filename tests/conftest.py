@@ -9,7 +9,7 @@ from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import make_tiny_model
 from tests.faults.document import MARKED, shown_by
-from tests.oracle import Oracle
+from tests.oracle import DEADLINE_S, Oracle
 
 pytest_plugins = ["arealite.testing.plugin"]
 
@@ -39,7 +39,7 @@ def engine(vllm_address: str) -> Iterator[VLLMEngine]:
 def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
     """Judges a test in five parts when all of it, and what its other fixtures started, is over."""
     is_soak = request.node.get_closest_marker("soak") is not None
-    with Oracle(deadline_s=900 if is_soak else 30) as oracle:
+    with Oracle(deadline_s=900 if is_soak else DEADLINE_S) as oracle:
         yield oracle
 
 

@@ -31,6 +31,7 @@ class Server:
     reason: str = "it has not answered yet"  # why it does not serve
     version: int | None = None  # of its weights; None: those of the model folder
     running: int = 0  # requests of this process
+    capacity: int | None = None  # sequences that it samples at the same time; None: it does not say
     has_missed_update: bool = False
 
 

@@ -90,6 +90,13 @@ class HFEngine:
         # Python kills the thread when it ends, and inside of torch that aborts the process.
         atexit.register(self.close)
 
+    @property
+    def room(self) -> int:
+        """Requests more that would be sampled at once, rather than wait."""
+        with self._turn:
+            running = sum(len(batch.sequences) for batch in self._batches)
+            return self._max_running - running - len(self._waiting)
+
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """Sample one response; cancelling the task that awaits it drops it from its batch.
 

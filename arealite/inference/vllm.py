@@ -22,7 +22,7 @@ import msgspec
 import tenacity
 import torch
 
-from arealite import background
+from arealite import background, dist
 from arealite.errors import NoServerError, PromptTooLongError, ServerError
 from arealite.inference.connection import (
     CLIENT_ID,
@@ -116,6 +116,19 @@ class VLLMEngine:
     @version.setter
     def version(self, version: int) -> None:
         self._fleet.version = version
+
+    @property
+    def room(self) -> int | None:
+        """Requests more that the servers would work on at once, this rank's share of it.
+
+        None if that is unknown: a server does not say, or none serves, and who asks finds out why.
+        """
+        serving = self._fleet.serving()
+        capacities = [server.capacity for server in serving if server.capacity is not None]
+        if not serving or len(capacities) < len(serving):
+            return None
+        running = sum(server.running for server in serving)
+        return sum(capacities) // dist.world_size() - running
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """Sample one response; what a server fails at is asked again, of another if there is one.
@@ -327,7 +340,10 @@ class VLLMEngine:
             ) from error
         try:
             content = await self._connections[server].get("/arealite/model", limit_s=30)
-            return length, int(msgspec.json.decode(content)["vocab_size"])
+            limits = msgspec.json.decode(content)
+            if "max_num_seqs" in limits:
+                server.capacity = int(limits["max_num_seqs"])
+            return length, int(limits["vocab_size"])
         except (ServerError, msgspec.MsgspecError, LookupError, TypeError, ValueError):
             return length, None
 

@@ -105,8 +105,13 @@ class Guard:
 
 
 def _describe_model(app: Any) -> dict[str, Any]:
-    """What a client checks token ids against."""
-    return {"vocab_size": app.state.vllm_config.model_config.get_vocab_size()}
+    """What a client checks token ids against, and how many sequences run at the same time."""
+    config = app.state.vllm_config
+    return {
+        "vocab_size": config.model_config.get_vocab_size(),
+        "max_num_seqs": config.scheduler_config.max_num_seqs
+        * config.parallel_config.data_parallel_size,
+    }
 
 
 async def _answer(send: Any, status: int, body: dict[str, Any]) -> None:

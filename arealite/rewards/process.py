@@ -11,10 +11,13 @@ import subprocess
 import sys
 import threading
 import time
+import uuid
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
+
+import psutil
 
 from arealite.errors import RewardError
 from arealite.rewards import worker
@@ -24,6 +27,10 @@ LOAD_TIMEOUT_S = 120.0
 SEND_TIMEOUT_S = 10
 KILL_TIMEOUT_S = 1.0
 POLL_S = 0.1
+MAX_SWEEPS = 5
+"""Through all processes of the machine, as long as there is one more to kill."""
+OWNER = "AREALITE_REWARD_WORKER"
+"""Environment variable that says, in every process below a worker, which worker it is of."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -58,6 +65,7 @@ class WorkerProcess:
         self._lock = lock
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._mark = ""  # value of OWNER
 
     def start(self) -> None:
         """Start the process unless there is one. Call with the lock held.
@@ -76,12 +84,14 @@ class WorkerProcess:
             ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, limit)
             self._connection = Connection(ours.detach())
             numbers = (theirs.fileno(), os.getpid(), self._memory_bytes or 0)
+            self._mark = uuid.uuid4().hex
+            marks = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", OWNER: self._mark}
             # -P: without it this folder comes first on sys.path, and our math.py before Python's.
             self._process = subprocess.Popen(
                 [sys.executable, "-P", worker.__file__, *map(str, numbers)],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env=os.environ | marks,
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
             )
@@ -110,6 +120,7 @@ class WorkerProcess:
             for kill in (os.killpg, os.kill):  # itself too: a reward may have left its group
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     kill(self._process.pid, signal.SIGKILL)
+            kill_marked(self._mark)
 
     def end(self) -> str:
         """Kill and forget the process; says how it ended, be it by this or before."""
@@ -152,3 +163,16 @@ class WorkerProcess:
             return os.waitid(os.P_PID, self._process.pid, options) is not None
         except ChildProcessError:
             return True
+
+
+def kill_marked(mark: str) -> None:
+    """Kill what a reward has started in sessions of its own, wherever it hangs in the tree."""
+    for _ in range(MAX_SWEEPS):
+        has_found = False
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, OSError):
+                if process.environ().get(OWNER) == mark:
+                    process.kill()
+                    has_found = True
+        if not has_found:
+            return

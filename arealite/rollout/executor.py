@@ -57,7 +57,8 @@ class RolloutConfig:
     may overtake a slow one until its last chance; half the mean age. `ready`: what finished first;
     what gets too old is dropped, long answers most. docs/staleness.md compares them."""
     max_running_prompts: int = 0
-    """Prompts in flight over all ranks; 0: as many as max_staleness admits."""
+    """Prompts in flight over all ranks; 0: as many as max_staleness admits, and the servers run
+    at the same time (server.max_num_seqs)."""
     episode_timeout_s: float = 600.0
     """Limit of one episode in seconds; beyond it the row is recorded as failed."""
     batch_timeout_s: float = 1800.0
@@ -242,9 +243,18 @@ class RolloutExecutor:
         return [ticket for ticket, _ in given_up]
 
     def _tickets(self) -> list[Ticket]:
+        """Of all episodes that may start, and that the engine has room for.
+
+        What only waits in a server's queue gets old there, since its age counts from its start.
+        """
         tickets: list[Ticket] = []
+        room = self._engine.room
+        group_size = getattr(self._workflow, "group_size", 1)
         with self._changed:
-            while (ticket := self._admission.start(self._engine.version)) is not None:
+            while room is None or room > len(tickets) * group_size:
+                ticket = self._admission.start(self._engine.version)
+                if ticket is None:
+                    break
                 tickets.append(ticket)
         return tickets
 

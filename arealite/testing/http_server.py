@@ -58,6 +58,7 @@ class ScriptedServer:
             by default. The request's budget cuts it, with the finish reason `length`.
         seed: of the default script.
         vocab_size: token ids of prompts must be below; those of the default script are.
+        max_num_seqs: requests that are sampled at the same time; the others wait.
         tokens_per_s: of each single request; None samples without delay.
         token: asked for on every path but /health; empty asks for none.
         refuses_while_paused: answer 503 to new requests while paused in the modes `wait` and
@@ -72,6 +73,7 @@ class ScriptedServer:
         model: str = "scripted",
         max_model_len: int = 512,
         vocab_size: int = 320,
+        max_num_seqs: int = 256,
         tokens_per_s: float | None = None,
         token: str = "",
         refuses_while_paused: bool = True,
@@ -81,6 +83,7 @@ class ScriptedServer:
         self._model = model
         self._max_model_len = max_model_len
         self._vocab_size = vocab_size
+        self._max_num_seqs = max_num_seqs
         self._tokens_per_s = tokens_per_s
         self._token = token
         self._refuses_while_paused = refuses_while_paused
@@ -159,6 +162,7 @@ class ScriptedServer:
     async def _live(self) -> None:
         core = ScriptedCore(
             self._script,
+            max_num_seqs=self._max_num_seqs,
             tokens_per_s=self._tokens_per_s,
             refuses_while_paused=self._refuses_while_paused,
         )

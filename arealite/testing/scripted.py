@@ -51,6 +51,10 @@ class ScriptedEngine:
         self._is_paused = False
         self._frozen: list[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = []
 
+    @property
+    def room(self) -> None:
+        """Any number of requests is worked on at once."""
+
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """The next reply of this conversation, ended by the end token, each at log-prob -0.5.
 

@@ -69,14 +69,21 @@ class ScriptedCore:
     """One life of an engine, from its start with the weights of the model folder to its death.
 
     Args:
+        max_num_seqs: requests that are sampled at the same time; the others wait.
         refuses_while_paused: whether new requests get a PausedError in the modes `wait` and
             `abort`; they queue otherwise, as they always do in the mode `keep`.
     """
 
     def __init__(
-        self, script: Script, *, tokens_per_s: float | None, refuses_while_paused: bool
+        self,
+        script: Script,
+        *,
+        max_num_seqs: int,
+        tokens_per_s: float | None,
+        refuses_while_paused: bool,
     ) -> None:
         self._script = script
+        self.max_num_seqs = max_num_seqs
         self._token_s = 1 / tokens_per_s if tokens_per_s else 0.0
         self._refuses_while_paused = refuses_while_paused
         self._pause_mode: PauseMode | None = None
@@ -190,7 +197,8 @@ class ScriptedCore:
     # --- One request ------------------------------------------------------------------------------
 
     def _may_start(self) -> bool:
-        return not self._is_hung and not self.is_paused
+        has_room = self.num_running < self.max_num_seqs
+        return has_room and not self._is_hung and not self.is_paused
 
     def _may_step(self) -> bool:
         return not self._is_hung and self._pause_mode != "keep"

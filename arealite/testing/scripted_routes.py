@@ -86,7 +86,8 @@ class Routes:
         return json_reply({"object": "list", "data": [card | {"permission": []}]})
 
     async def _arealite_model(self, _: web.Request) -> web.Response:
-        return json_reply({"vocab_size": self._vocab_size})
+        limits = {"vocab_size": self._vocab_size, "max_num_seqs": self._core.max_num_seqs}
+        return json_reply(limits)
 
     async def _metrics(self, _: web.Request) -> web.Response:
         core = self._core

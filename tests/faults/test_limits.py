@@ -109,7 +109,7 @@ def with_few_files() -> Ending:
             stdout=subprocess.PIPE,
             text=True,
             check=True,
-            timeout=60,
+            timeout=150,
         )
     return Ending(*json.loads(done.stdout.splitlines()[-1]))
 

@@ -115,7 +115,6 @@ def test_processes_of_a_reward_that_hangs_are_killed_with_it(oracle: Oracle, rew
     assert_victim_is_recorded(ledger, "took longer than 1 s")
 
 
-@pytest.mark.xfail(reason="only the worker's own process group is killed", strict=True)
 @pytest.mark.fault(42, "a reward starts a process in a session of its own")
 def test_a_process_that_left_the_workers_session_ends_with_it(
     oracle: Oracle, reward_pool: Pool, tmp_path: Path

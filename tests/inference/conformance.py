@@ -1,7 +1,8 @@
 """What the contract of `InferenceEngine` is tried with: three engines, and ways to use them."""
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 
 import pytest
@@ -53,6 +54,13 @@ def wait_until_sampling(engine: InferenceEngine) -> None:
     """Return when requests that were started before have had time for some 24 tokens."""
     [marker] = start(engine, make_prompts(1, seed=99), max_new_tokens=24)
     marker.result(120)
+
+
+def wait_until(holds: Callable[[], bool], *, within_s: float = 20.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not holds():
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
 
 
 def generate_through_pushes(

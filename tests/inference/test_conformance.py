@@ -23,6 +23,7 @@ from tests.inference.conformance import (
     running_engine,
     start,
     versions_seen,
+    wait_until,
     wait_until_sampling,
 )
 from tests.inference.parity import (
@@ -248,6 +249,20 @@ def test_while_paused_no_request_ends_and_new_ones_queue(
         any_engine.resume()
     assert later == ended
     assert all(request.result(120).token_ids for request in [*running, *queued])
+
+
+def test_room_is_taken_by_requests_and_given_back(any_engine: InferenceEngine, weights: Weights):
+    push(any_engine, weights, 0)
+    before = any_engine.room
+    any_engine.pause()
+    try:
+        running = start(any_engine, make_prompts(8), max_new_tokens=20)
+        if before is not None:
+            wait_until(lambda: any_engine.room == before - 8)
+    finally:
+        any_engine.resume()
+    assert all(request.result(120).token_ids for request in running)
+    assert any_engine.room == before
 
 
 # --- Behind a workflow ----------------------------------------------------------------------------

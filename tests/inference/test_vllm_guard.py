@@ -227,12 +227,14 @@ def test_the_token_is_in_no_log_process_list_exception_or_file(protected: tuple[
     assert [path for path in files if SECRET in path.read_text(errors="replace")] == []
 
 
-def test_a_model_says_how_many_tokens_it_has(protected: tuple[str, Path, str]):
+def test_a_server_says_how_many_tokens_its_model_has_and_how_many_sequences_it_samples(
+    protected: tuple[str, Path, str],
+):
     request = urllib.request.Request(
         f"{protected[0]}/arealite/model", headers={"Authorization": f"Bearer {SECRET}"}
     )
     with urllib.request.urlopen(request, timeout=10) as reply:
-        assert json.load(reply) == {"vocab_size": 320}
+        assert json.load(reply) == {"vocab_size": 320, "max_num_seqs": 128}
 
 
 def test_a_pause_by_a_trainer_that_died_ends_on_the_server(protected: tuple[str, Path, str]):

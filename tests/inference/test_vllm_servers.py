@@ -268,3 +268,23 @@ def test_an_error_of_the_task_that_watches_the_servers_reaches_whoever_asks(
         with pytest.raises(NoServerError, match="Nobody watches the servers any more") as raised:
             start(engine, 1).result(5)
     assert "a bug" in repr(raised.value.__cause__.exceptions)  # type: ignore[union-attr]
+
+
+# --- Room -----------------------------------------------------------------------------------------
+
+
+def test_room_is_what_the_serving_servers_would_work_on_at_once(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    first, second = (scripted_server(max_num_seqs=n, tokens_per_s=50) for n in (5, 3))
+    with VLLMEngine([first.address, second.address]) as engine:
+        push(engine, 0)
+        assert engine.room == 8
+        running = start(engine, 6, tokens=20)
+        wait_until(lambda: engine.room == 2)
+        running.result(20)
+        assert engine.room == 8
+        first.die()
+        wait_until(lambda: engine.room == 3)
+        second.die()
+        wait_until(lambda: engine.room is None)  # whoever asks is told what has happened

@@ -28,6 +28,8 @@ Episode = Callable[[ScriptedEngine, Row], Awaitable[list[Trajectory] | None]]
 class Workflow:
     """A workflow made of one function."""
 
+    group_size = 1
+
     def __init__(self, episode: Episode) -> None:
         self._episode = episode
 
@@ -79,6 +81,45 @@ def test_batches_come_in_the_order_of_the_rows_whatever_finishes_first():
         for version in range(4):
             assert places(rollouts.next_batch()) == [2 * version, 2 * version + 1]
             rollouts._engine.version = version + 1
+
+
+class EngineWithRoom(ScriptedEngine):
+    """Says how many requests more it would work on at once, and counts who asks."""
+
+    free: int | None = 0
+    times_asked = 0
+
+    @property
+    def room(self) -> int | None:
+        self.times_asked += 1
+        return self.free
+
+    def wait_until_asked(self) -> None:
+        """Until whatever may start has started."""
+        enough = self.times_asked + 3
+        while self.times_asked < enough:
+            time.sleep(0.001)
+
+
+def test_episodes_start_when_the_engine_has_room_for_their_groups():
+    started: list[int] = []
+
+    async def take_room(engine: EngineWithRoom, row: Row) -> list[Trajectory]:
+        started.append(row["id"])
+        engine.free = engine.free and engine.free - 4
+        return await answer(engine, row)
+
+    engine, workflow = EngineWithRoom(replies=[]), Workflow(take_room)
+    workflow.group_size = 4
+    cfg = RolloutConfig(prompts_per_step=8, max_staleness=1)
+    with RolloutExecutor(engine, workflow, ROWS, cfg) as rollouts:
+        engine.wait_until_asked()
+        assert len(started) == 0
+        engine.free = 9  # two groups, and a part of a third, which waits a moment for the rest
+        engine.wait_until_asked()
+        assert len(started) == 3
+        engine.free = None  # it does not say
+        assert len(rollouts.next_batch()) == 8
 
 
 def test_an_epoch_uses_every_row_once():

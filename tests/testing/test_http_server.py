@@ -114,9 +114,20 @@ def test_models_names_the_model_and_its_context(scripted_server: Start):
     assert [(card["id"], card["max_model_len"]) for card in models["data"]] == [("m", 99)]
 
 
-def test_arealites_own_route_gives_the_vocabulary(scripted_server: Start):
-    server = scripted_server(vocab_size=7)
-    assert ask(server.address, "/arealite/model") == (200, {"vocab_size": 7})
+def test_arealites_own_route_gives_the_vocabulary_and_the_room(scripted_server: Start):
+    server = scripted_server(vocab_size=7, max_num_seqs=5)
+    limits = {"vocab_size": 7, "max_num_seqs": 5}
+    assert ask(server.address, "/arealite/model") == (200, limits)
+
+
+def test_no_more_requests_are_sampled_at_once_than_the_server_has_room_for(
+    scripted_server: Start, start_generating: Any
+):
+    server = scripted_server(max_num_seqs=2, tokens_per_s=100)
+    replies = [start_generating(server, max_tokens=20) for _ in range(5)]
+    wait_until(lambda: metrics(server)["vllm:num_requests_waiting"] == 3)
+    assert metrics(server)["vllm:num_requests_running"] == 2
+    assert [len(reply.result()["token_ids"]) for reply in replies] == [20] * 5
 
 
 def test_metrics_count_tokens_and_cache_hits(server: ScriptedServer):
