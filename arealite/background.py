@@ -35,7 +35,7 @@ def _run(loop: asyncio.AbstractEventLoop) -> None:
     while True:
         try:
             return loop.run_forever()
-        except SystemExit:  # its task has it as its exception by now
+        except BaseException:  # its task has it as its exception by now
             continue
 
 

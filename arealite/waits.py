@@ -61,7 +61,7 @@ def report() -> str:
     now_s = time.monotonic()
     groups: dict[tuple[str, str], list[float]] = {}
     for wait in sorted(list(_waits.values()), key=lambda wait: wait.since_s):
-        what = wait.what if isinstance(wait.what, str) else wait.what()
+        what = wait.what if isinstance(wait.what, str) else _asked(wait.what)
         groups.setdefault((wait.thread, what), []).append(now_s - wait.since_s)
     lines = [
         f"  {ages[0]:7.1f} s  {thread}: {what}" + (f" ({len(ages)} times)" if ages[1:] else "")
@@ -70,6 +70,13 @@ def report() -> str:
     if len(groups) > MAX_LINES:
         lines.append(f"  and {len(groups) - MAX_LINES} more")
     return "\n".join(["Who waits for what, since when:", *lines, "", *_stacks()])
+
+
+def _asked(what: Callable[[], str]) -> str:
+    try:
+        return what()
+    except Exception as error:  # it may look at what another thread is changing
+        return f"something that cannot be described now ({type(error).__name__})"
 
 
 def _stacks() -> Iterator[str]:

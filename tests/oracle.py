@@ -15,6 +15,7 @@ import contextlib
 import ctypes
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -197,17 +198,18 @@ def read_ledger(out_dir: Path) -> Ledger:
         in_flight=set(cursor["pending"]),
         max_staleness=config["rollout"]["max_staleness"],
     )
-    groups: dict[int, set[int]] = {}
+    samples: dict[int, Counter[int]] = {}
     for line in read_rollouts(out_dir):
-        groups.setdefault(line["version"], set()).add(line["row_index"])
+        samples.setdefault(line["version"], Counter()).update([line["row_index"]])
         sampled = [version for version in line["versions"] if version >= 0]
         # A line names the version that its step makes; it trained on the one before.
         age = line["version"] - 1 - min(sampled)
         ledger.max_age = max(ledger.max_age, age)
         ledger.num_too_old += age > ledger.max_staleness
-    for version, places in groups.items():
+    for version, places in samples.items():
         ledger.steps[version] = len(places)
-        ledger.trained.update(places)
+        for place, count in places.items():  # a row that a step used twice has twice the samples
+            ledger.trained[place] += math.ceil(count / config["group_size"])
     ledger.lost.update(line["row_index"] for line in read_lost(out_dir))
     return ledger
 

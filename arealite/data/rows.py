@@ -24,7 +24,11 @@ _log = logging.getLogger(__name__)
 
 
 def load_rows(
-    dataset: str, *, split: str, required: tuple[str, ...] = ("question", "answer")
+    dataset: str,
+    *,
+    split: str,
+    required: tuple[str, ...] = ("question", "answer"),
+    max_malformed: int = 0,
 ) -> list[Row]:
     """The rows of one split, as they are, once each of them is known to be usable.
 
@@ -35,12 +39,26 @@ def load_rows(
             the only one is taken, or `main`, or `default`.
         split: `train`, `test`, or what else the data set has.
         required: keys that must hold a non-empty string in every row.
+        max_malformed: so many rows may be unusable; they are left out, and the log says why.
 
     Raises DataError that names the file and the row (from 1; in JSON Lines, the line).
     """
     rows: list[Row] = []
+    malformed: list[DataError] = []
     for place, row in _read(dataset, split):
-        rows.append(_checked(row, place, required))
+        try:
+            rows.append(_checked(row, place, required))
+        except DataError as error:
+            malformed.append(error)
+            if len(malformed) > max_malformed:
+                raise
+    if malformed:
+        _log.warning(
+            "%d of %d rows are left out: %s",
+            len(malformed),
+            len(rows) + len(malformed),
+            " ".join(map(str, malformed[:5])),
+        )
     if not rows:
         raise DataError(f"Split {split!r} of {dataset} has no rows.")
     return rows
@@ -124,7 +142,11 @@ def _json_rows(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
     # Not splitlines(): it also splits at characters that are allowed inside a JSON string.
     for number, line in enumerate(content.rstrip().split(b"\n"), start=1):
         if content.strip():
-            yield f"{path}, line {number}", _parse(line, f"{path}, line {number}")
+            place = f"{path}, line {number}"
+            try:
+                yield place, _parse(line, place)
+            except DataError as error:
+                yield place, error
 
 
 def _parse(content: bytes, place: str) -> object:
@@ -142,6 +164,8 @@ def _parse(content: bytes, place: str) -> object:
 
 
 def _checked(row: object, place: str, required: tuple[str, ...]) -> Row:
+    if isinstance(row, DataError):
+        raise row
     if not isinstance(row, dict):
         raise DataError(f"{place} is a {type(row).__name__}, not an object with keys and values.")
     for key in required:

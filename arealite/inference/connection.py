@@ -41,6 +41,10 @@ class NoConnectionError(RetryableError):
     """Nobody listens, or the connection broke."""
 
 
+class TooManyFilesError(RetryableError):
+    """This process has no file descriptor left."""
+
+
 class ServerLostError(RetryableError):
     """The server was given up while it worked on this request."""
 
@@ -126,7 +130,7 @@ class Connection:
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE):
-                raise RetryableError(
+                raise TooManyFilesError(
                     f"Too many open files for a connection to {self.address}. Raise the limit with "
                     "`ulimit -n`, or lower rollout.max_running_prompts."
                 ) from error

@@ -253,7 +253,8 @@ class HFEngine:
                 sequence.fail(error)
             batch.sequences = []
         if not batch.sequences:
-            self._batches.remove(batch)
+            with self._turn:
+                self._batches.remove(batch)
 
     def _finish_reason(self, sequence: "_Sequence") -> FinishReason | None:
         """Why the last token is the last; None if it is not."""

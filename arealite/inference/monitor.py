@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import msgspec
 
-from arealite.errors import ArealiteError, ServerError
+from arealite.errors import ServerError
 from arealite.inference.connection import (
     Connection,
     NoAnswerError,
     RetryableError,
     ServerLostError,
+    TooManyFilesError,
 )
 from arealite.inference.fleet import Fleet, Server
 from arealite.inference.pusher import Pusher
@@ -104,7 +105,7 @@ class Monitor:
             if server.state == "stale":
                 try:
                     await self._pusher.sync(server)
-                except ArealiteError as error:  # it stays stale, and is tried again
+                except Exception as error:  # a full disk, say: it stays stale, and is tried again
                     self._fleet.missed_update(server, str(error))
                 self._changed()
             suspected = self._suspected[server]
@@ -119,10 +120,11 @@ class Monitor:
         num_updates, asked_at = self._fleet.num_updates, self._fleet.version
         limit_s = max(1.0, self._hang_timeout_s - 2 * PROBE_EVERY_S)
         try:
-            info = await self._weight_info(server, limit_s)
-        except ServerLostError:
-            return
-        except NoAnswerError:
+            async with asyncio.timeout(limit_s + PROBE_EVERY_S):
+                info = await self._weight_info(server, limit_s)
+        except (ServerLostError, TooManyFilesError):
+            return  # which says nothing about the server
+        except (NoAnswerError, TimeoutError):
             self.lost(server, f"its engine did not answer for {limit_s:.0f} s (/health may)")
         except ServerError as error:
             self.lost(server, str(error))
@@ -137,17 +139,25 @@ class Monitor:
         connection = self._connections[server]
         try:
             content = await connection.get("/weight_info", limit_s=limit_s)
-        except (NoAnswerError, ServerLostError):
+        except (NoAnswerError, ServerLostError, TooManyFilesError):
             raise
         except RetryableError as error:
             # One reset or one 500 is no death; a dead engine gives the same answer again.
-            await asyncio.sleep(max(0.3, error.wait_s))
+            await asyncio.sleep(min(max(0.3, error.wait_s), PROBE_EVERY_S))
             content = await connection.get("/weight_info", limit_s=limit_s)
         try:
             version = msgspec.json.decode(content, type=_WeightInfo).weight_version
         except (msgspec.MsgspecError, ValueError) as error:
             raise ServerError(f"/weight_info answered {content[:80]!r}") from error
         return int(version) if version.isascii() and version.isdigit() else None
+
+    async def _is_paused(self, server: Server) -> bool:
+        """Whether another process has paused the server, for an update that takes long."""
+        try:
+            content = await self._connections[server].get("/is_paused", limit_s=COUNT_EVERY_S)
+            return bool(msgspec.json.decode(content)["is_paused"])
+        except (ServerError, msgspec.MsgspecError, LookupError, TypeError):
+            return False
 
     async def _count(self, server: Server) -> None:
         """Read the server's counters now and then; give it up if it works, but gets nowhere."""
@@ -167,7 +177,11 @@ class Monitor:
             self._counts[server] = counts
             if counts.tokens != before.tokens or not counts.running or self._fleet.is_updating:
                 since = time.monotonic()
-            elif time.monotonic() - since > self._progress_timeout_s:
+            elif time.monotonic() - since <= self._progress_timeout_s:
+                continue
+            elif await self._is_paused(server):
+                since = time.monotonic()
+            else:
                 self._fleet.missed_update(server, "it must show that it generates")
                 self.lost(
                     server,

@@ -98,7 +98,11 @@ class Pusher:
         """Give the weights to every server that takes part in the update."""
         self._transport = transport
         self._fleet.is_pusher = True
-        self._send(self._fleet.in_update(), self._snapshot.renew(weights, version), version)
+        try:
+            self._send(self._fleet.in_update(), self._snapshot.renew(weights, version), version)
+        except BaseException:  # half of it may have arrived, and no server may go on with that
+            self._run(self._break_off(), CONTROL_TIMEOUT_S, "breaking off an update")
+            raise
         self._run(self._commit(version), CONTROL_TIMEOUT_S, "committing a version")
 
     def resume(self) -> None:
@@ -126,7 +130,10 @@ class Pusher:
             version = self._fleet.version
             if server.state != "stale" or not 0 <= version == self._snapshot.version:
                 return
-            if await asyncio.to_thread(self._sync, server, version) and server.state == "stale":
+            if not await asyncio.to_thread(self._sync, server, version):
+                # Its requests are frozen for who knows how long: they go elsewhere.
+                self._connections[server].give_up("it did not take the weights")
+            elif server.state == "stale":
                 self._fleet.synced(server, version)
 
     def forget(self, server: Server) -> None:
@@ -145,6 +152,10 @@ class Pusher:
 
     async def _commit(self, version: int) -> None:
         self._fleet.commit(version)
+
+    async def _break_off(self) -> None:
+        for server in self._fleet.in_update():
+            self._fleet.missed_update(server, "an update of it was broken off")
 
     async def _resume(self) -> None:
         try:

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -22,6 +23,7 @@ from arealite.data import resolve_model
 from arealite.errors import ConfigError, ServerError
 from arealite.inference.supervisor import end_processes
 from arealite.inference.tokens import TOKEN, find_token
+from arealite.inference.transport import WEIGHTS_DIR
 from arealite.inference.vllm_plugin import BACKEND, SLEEP
 
 GONE_TIMEOUT_S = 30.0
@@ -70,13 +72,13 @@ class ServerConfig:
     """The cache of requests that go on: computed again with the new weights, or kept as it is,
     which is faster and an approximation."""
     weights_dir: str = ""
-    """Folder that trainer and servers both see, for servers on other hosts; empty: servers of this
-    host take weights through shared memory."""
+    """Folder that trainer and servers both see, for servers on other hosts, set on both sides; a
+    server reads weights from no other. Empty: servers of this host take weights through memory."""
     request_timeout_s: float = 3600.0
     """Limit of one generation in seconds, waiting in the server's queue included."""
     patience_s: float = 60.0
     """A request that takes longer than this, and 10 times what nine in ten of the latest 256 took,
-    is asked again, of another server where there is one."""
+    is asked again, of another server where there is one, with twice the time each time."""
     hang_timeout_s: float = 15.0
     """Silence of a server's engine in seconds after which it is given up, and started again."""
     progress_timeout_s: float = 60.0
@@ -184,7 +186,7 @@ class _Supervisor:
         )
         self.failure = ""
         self._closing = False
-        self._server_pids: list[int] = []
+        self._servers: list[psutil.Process] = []  # ever started
         self._segments: list[str] = []
         self._watcher = threading.Thread(target=self._watch, name="arealite-servers", daemon=True)
         self._process = subprocess.Popen(
@@ -230,7 +232,11 @@ class _Supervisor:
                 case "failed":
                     raise ServerError(event["message"])
                 case "started":
-                    self._server_pids.append(event["pid"])
+                    self._remember(event["pid"])
+
+    def _remember(self, pid: int) -> None:
+        with suppress(psutil.NoSuchProcess):  # or it has ended already
+            self._servers.append(psutil.Process(pid))
 
     def _next_event(self, timeout_s: float | None) -> dict[str, Any]:
         assert self._process.stdout
@@ -252,11 +258,12 @@ class _Supervisor:
                 return
             match event["event"]:
                 case "started":
-                    self._server_pids.append(event["pid"])
+                    self._remember(event["pid"])
                 case "died":
                     ending = event["message"].partition(" Its log ")[0]
                     print(f"warning: {event['address']}: {ending}", flush=True)
                 case "restarted":
+                    self._segments += event["segments"]
                     print(f"{event['address']} serves again.", flush=True)
                 case "failed":
                     self.failure = event["message"]
@@ -265,12 +272,10 @@ class _Supervisor:
     def _end_servers(self) -> None:
         """What the supervisor does before it ends; here for one that could not."""
         processes: list[psutil.Process] = []
-        for pid in self._server_pids:
-            try:
-                server = psutil.Process(pid)
-                processes += [server, *server.children(recursive=True)]
-            except psutil.NoSuchProcess:
-                continue
+        for server in self._servers:
+            with suppress(psutil.NoSuchProcess):
+                if server.is_running():  # and not another process with its number
+                    processes += [server, *server.children(recursive=True)]
         end_processes(processes, grace_s=1)
         for segment in self._segments:
             Path(segment).unlink(missing_ok=True)
@@ -287,6 +292,8 @@ def _spec(model: str, cfg: ServerConfig, log_dir: str | Path) -> dict[str, Any]:
     else:
         arguments, environments = _on_cpu(cfg)
     shared = dict(_ENVIRONMENT)
+    if cfg.weights_dir:
+        shared[WEIGHTS_DIR] = str(Path(cfg.weights_dir).resolve())
     if token := find_token(cfg.token_file):
         shared[TOKEN] = token
     elif not is_loopback(cfg.host):

@@ -11,6 +11,7 @@ through the lifeline of `vllm_plugin`.
 
 import contextlib
 import ctypes
+import http.client
 import json
 import os
 import queue
@@ -82,7 +83,8 @@ class Server:
 
     @property
     def address(self) -> str:
-        host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(self.spec.host, self.spec.host)
+        host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.spec.host, self.spec.host)
+        host = f"[{host}]" if ":" in host else host
         return f"http://{host}:{self.port}"
 
     @property
@@ -101,17 +103,22 @@ class Server:
         is_ready.set()
         while True:
             reason = self._watch()
-            emit({"event": "died", "address": self.address, "message": reason})
-            self._end()
-            self._wait(self._backoff_s(reason))
-            try:
-                self._start()
-            except ServerError as error:
-                self.deaths_s.append(time.monotonic())
-                emit({"event": "died", "address": self.address, "message": str(error)})
-            else:
-                self.segments |= mapped_segments(self._family())
-                emit({"event": "restarted", "address": self.address})
+            while reason:
+                emit({"event": "died", "address": self.address, "message": reason})
+                self._end()
+                self._wait(self._backoff_s(reason))
+                reason = self._start_again()
+            self.segments |= mapped_segments(self._family())
+            segments = [str(segment) for segment in self.segments]
+            emit({"event": "restarted", "address": self.address, "segments": segments})
+
+    def _start_again(self) -> str:
+        """Why the server did not start; empty if it did."""
+        try:
+            self._start()
+        except ServerError as error:
+            return str(error)
+        return ""
 
     def _start_on_a_free_port(self) -> None:
         """The first start: a port that somebody else took in the meantime is no reason to fail."""
@@ -170,11 +177,11 @@ class Server:
                 # A round trip to the engine; /health is fine also when the engine hangs.
                 self._ask("/is_paused", timeout_s=2.0)
                 heard_s = time.monotonic()
-            except OSError as error:
+            except (OSError, http.client.HTTPException) as error:
                 if _is_dead(error) and time.monotonic() - heard_s > 2.0:
                     return f"The engine of the vLLM server is dead ({error}). {self._log_tail()}"
-                if time.monotonic() - heard_s > self.spec.hang_timeout_s - 1.0:
-                    silence_s = time.monotonic() - heard_s
+                silence_s = time.monotonic() - heard_s
+                if silence_s > self.spec.hang_timeout_s - 1.0:
                     return f"The vLLM server did not answer for {silence_s:.0f} s ({error})."
             asked_s = time.monotonic()
 
@@ -223,7 +230,7 @@ class Server:
         try:
             reply = self._ask("/inference/v1/generate", body, timeout_s=60)
             return bool(json.loads(reply)["choices"][0]["token_ids"])
-        except (OSError, ValueError, LookupError):
+        except (OSError, http.client.HTTPException, ValueError, LookupError):
             return False
 
     def _ask(self, path: str, body: object = None, *, timeout_s: float) -> bytes:
@@ -377,7 +384,7 @@ def mapped_segments(processes: list[psutil.Process]) -> set[Path]:
     return segments
 
 
-def _is_dead(error: OSError) -> bool:
+def _is_dead(error: Exception) -> bool:
     """Whether a server that has been ready has lost its engine, or has stopped to listen."""
     if isinstance(error, urllib.error.HTTPError):
         return error.code >= 500

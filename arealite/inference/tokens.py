@@ -16,10 +16,11 @@ def find_token(token_file: str = "") -> str:
     """The token in the file, else in the environment; empty if there is none.
 
     Raises:
-        ConfigError: others may read the file, or it cannot be read.
+        ConfigError: others may read the file, or it cannot be read, or holds no usable token.
     """
     if not token_file:
-        return os.environ.get(TOKEN, "").strip()
+        token = os.environ.get(TOKEN, "").strip()
+        return _checked(token, TOKEN) if token else ""
     path = Path(token_file).expanduser()
     try:
         mode = path.stat().st_mode
@@ -28,6 +29,10 @@ def find_token(token_file: str = "") -> str:
         raise ConfigError(f"server.token_file={token_file}: {error.strerror}.") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
         raise ConfigError(f"server.token_file={token_file} can be read by others: chmod 600 it.")
+    return _checked(token, f"server.token_file={token_file}")
+
+
+def _checked(token: str, where: str) -> str:
     if not token or not token.isascii() or not token.isprintable():
-        raise ConfigError(f"server.token_file={token_file} holds no token: one line of ASCII.")
+        raise ConfigError(f"{where} holds no token: one line of ASCII.")
     return token

@@ -20,6 +20,8 @@ NamedWeights = Iterable[tuple[str, torch.Tensor]]
 
 REGION_BYTES = 256 * 2**20
 """Largest shared region; a model with less uses less."""
+WEIGHTS_DIR = "AREALITE_WEIGHTS_DIR"
+"""Environment variable of a server: the folder below which it takes files of weights, if any."""
 REGION_NAME = "arealite-weights"
 """Of the memory file, as /proc shows it; a server maps no other."""
 
@@ -89,9 +91,12 @@ class SharedMemory:
 
 
 class Disk:
-    """Safetensors files in a folder that trainer and servers both see: for other hosts."""
+    """Safetensors files in a folder that trainer and servers both see: for other hosts.
 
-    def __init__(self, folder: str | Path, bucket_bytes: int = 4 * REGION_BYTES) -> None:
+    In small buckets, because an engine that reads one answers nobody, and may seem to hang.
+    """
+
+    def __init__(self, folder: str | Path, bucket_bytes: int = REGION_BYTES) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="push-", dir=folder)).resolve()
         self._bucket_bytes = bucket_bytes

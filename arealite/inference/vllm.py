@@ -10,6 +10,8 @@ vllm itself is never imported here: the servers run in processes of their own.
 import asyncio
 import concurrent.futures
 import itertools
+import math
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
@@ -27,7 +29,9 @@ from arealite.errors import NoServerError, PromptTooLongError, ServerError
 from arealite.inference.connection import (
     CLIENT_ID,
     Connection,
+    NoAnswerError,
     RetryableError,
+    ServerBusyError,
     ServerLostError,
 )
 from arealite.inference.fleet import Fleet, Server
@@ -94,7 +98,7 @@ class VLLMEngine:
         self._request_numbers = itertools.count()
         self._retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((RetryableError, UnreadableReplyError)),
-            stop=tenacity.stop_after_attempt(MAX_ATTEMPTS),
+            stop=self._has_asked_enough,
             wait=_wait_s,
             reraise=True,
         )
@@ -107,6 +111,7 @@ class VLLMEngine:
         """Prompt and response together may have this many tokens."""
         self._vocab_size = min((size for _, size in limits if size), default=None)
         self._watching = background.submit(self._monitor.run())
+        self._watching.add_done_callback(self._end_requests)
 
     @property
     def version(self) -> int:
@@ -123,12 +128,14 @@ class VLLMEngine:
 
         None if that is unknown: a server does not say, or none serves, and who asks finds out why.
         """
+        if self._fleet.is_closed_to_new:
+            return 0
         serving = self._fleet.serving()
         capacities = [server.capacity for server in serving if server.capacity is not None]
         if not serving or len(capacities) < len(serving):
             return None
         running = sum(server.running for server in serving)
-        return sum(capacities) // dist.world_size() - running
+        return max(1, sum(capacities) // dist.world_size()) - running
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """Sample one response; what a server fails at is asked again, of another if there is one.
@@ -217,17 +224,23 @@ class VLLMEngine:
 
     async def _generate(self, request: ModelRequest, budget: int) -> ModelResponse:
         avoid: Server | None = None
+        patience = 1  # the request may be one that takes longer than others
 
         async def attempt() -> ModelResponse:
-            nonlocal avoid
+            nonlocal avoid, patience
             for _ in range(MAX_LOST_SERVERS):
                 server = await self._serving(request.conversation, avoid)
                 try:
-                    return await self._ask(server, request, budget, may_reuse=avoid is None)
+                    limit_s = self._limit_s(patience)
+                    return await self._ask(
+                        server, request, budget, limit_s=limit_s, may_reuse=avoid is None
+                    )
                 except (ServerLostError, StaleReplyError):
                     continue  # no fault of the request: it goes on elsewhere
-                except (RetryableError, UnreadableReplyError):
+                except (RetryableError, UnreadableReplyError) as error:
                     avoid = server
+                    if isinstance(error, NoAnswerError):
+                        patience *= 2
                     self._num_retries += 1
                     raise
             raise ServerError(
@@ -238,26 +251,36 @@ class VLLMEngine:
         try:
             return await attempt()
         except (RetryableError, UnreadableReplyError) as error:
-            await asyncio.sleep(max(0.1, getattr(error, "wait_s", 0.0)))
+            await asyncio.sleep(getattr(error, "wait_s", 0.0) + random.uniform(0.05, 0.15))
         return await self._retrying(attempt)
 
     async def _ask(
-        self, server: Server, request: ModelRequest, budget: int, *, may_reuse: bool
+        self,
+        server: Server,
+        request: ModelRequest,
+        budget: int,
+        *,
+        limit_s: float,
+        may_reuse: bool,
     ) -> ModelResponse:
         """One answer of this server; what its failure says about the server is passed on."""
         request_id = f"{CLIENT_ID}-{next(self._request_numbers)}"
-        body = msgspec.json.encode(_generate_body(request, budget) | {"request_id": request_id})
-        oldest_version = server.version
+        body = _generate_body(request, budget) | {"request_id": request_id}
+        if self._cfg.kv == "reuse":  # which is for requests that go on, not for new ones
+            body["cache_salt"] = f"version {server.version}"
+        # A process that does not push may not have heard yet that the server has missed an update.
+        oldest_version = self.version if self.version >= 0 else server.version
         began_s = time.monotonic()
         server.running += 1
         try:
-            content = await self._connections[server].post(
-                "/inference/v1/generate",
-                body,
-                limit_s=self._limit_s(),
-                echo=request_id.encode(),
-                may_reuse=may_reuse,
-            )
+            with waiting(f"a reply of {server.address}", alarm_after_s=math.inf):
+                content = await self._connections[server].post(
+                    "/inference/v1/generate",
+                    msgspec.json.encode(body),
+                    limit_s=limit_s,
+                    echo=request_id.encode(),
+                    may_reuse=may_reuse,
+                )
             response = parse_reply(
                 content,
                 vocab_size=self._vocab_size,
@@ -278,12 +301,21 @@ class VLLMEngine:
         self._durations_s.append(time.monotonic() - began_s)
         return response
 
-    def _limit_s(self) -> float:
+    def _has_asked_enough(self, state: tenacity.RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        if isinstance(error, ServerBusyError):  # paused by another process, until requests ended
+            is_drained = self._cfg.interrupt == "drain"
+            limit_s = self._cfg.request_timeout_s if is_drained else self._cfg.patience_s
+            return (state.seconds_since_start or 0.0) > limit_s
+        return state.attempt_number >= MAX_ATTEMPTS
+
+    def _limit_s(self, patience: int) -> float:
         """How long a request may take: much longer than those before it, but not for ever."""
         if len(self._durations_s) < 16:
             return self._cfg.request_timeout_s
         usual_s = sorted(self._durations_s)[len(self._durations_s) * 9 // 10]
-        return min(max(self._cfg.patience_s, SLOW_FACTOR * usual_s), self._cfg.request_timeout_s)
+        limit_s = patience * max(self._cfg.patience_s, SLOW_FACTOR * usual_s)
+        return min(limit_s, self._cfg.request_timeout_s)
 
     async def _serving(self, conversation: int | None, avoid: Server | None) -> Server:
         """A server to ask, as soon as there is one."""
@@ -312,6 +344,16 @@ class VLLMEngine:
             raise NoServerError(
                 f"No server has served for {waited_s:.0f} s: {self._fleet.describe()}."
             )
+
+    def _end_requests(self, _: object) -> None:
+        """Nobody would notice any more that their server dies."""
+
+        def end() -> None:
+            for connection in self._connections.values():
+                connection.give_up("nobody watches it any more")
+            self._let_requests_look_again()
+
+        background.loop().call_soon_threadsafe(end)
 
     def _let_requests_look_again(self) -> None:
         self._look_again.set()
@@ -384,9 +426,9 @@ _BACKOFF: Callable[[tenacity.RetryCallState], float] = tenacity.wait_random_expo
 
 
 def _wait_s(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next attempt: a random back-off, or longer if the server asked for it."""
+    """Seconds until the next attempt: a random back-off, on top of what the server asked for."""
     error = state.outcome.exception() if state.outcome else None
-    return max(_BACKOFF(state), getattr(error, "wait_s", 0.0))
+    return _BACKOFF(state) + getattr(error, "wait_s", 0.0)
 
 
 def _is_local(address: str) -> bool:

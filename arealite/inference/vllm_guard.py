@@ -46,7 +46,7 @@ class Guard:
         if scope["path"] == "/arealite/model":
             return await _answer(send, 200, _describe_model(scope["app"]))
         self._follow(scope, headers.get(CLIENT_HEADER.lower().encode(), b""))
-        await self._app(scope, receive, send)
+        await self._app(scope, receive, self._noting_the_end(scope, send))
 
     def _is_allowed(self, path: str, authorization: bytes) -> bool:
         if not self._token or path == OPEN_PATH:
@@ -64,10 +64,20 @@ class Guard:
                     self._lease = asyncio.create_task(self._watch(dict(scope)))
             case "POST", "/start_weight_update":
                 self._is_update_open = True
-            case "POST", "/finish_weight_update":
-                self._is_update_open = False
             case "POST", "/resume":
                 self._pauser = b""
+
+    def _noting_the_end(self, scope: Scope, send: Any) -> Any:
+        """`send`, which also notes that an update has ended; one that failed to end is open."""
+        if scope["path"] != "/finish_weight_update":
+            return send
+
+        async def note(message: Any) -> None:
+            if message["type"] == "http.response.start" and message["status"] == 200:
+                self._is_update_open = False
+            await send(message)
+
+        return note
 
     async def _watch(self, scope: Scope) -> None:
         """Undo what a dead client has left: its update first, then the pause."""

@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from arealite.inference.transport import REGION_NAME
+from arealite.inference.transport import REGION_NAME, WEIGHTS_DIR
 
 
 @dataclass
@@ -64,7 +64,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if init_info.region is not None:
             self._region = _map(init_info.region)
         if init_info.folder is not None:
-            self._folder = Path(init_info.folder).resolve()
+            self._folder = _agreed(init_info.folder)
 
     def start_weight_update(self) -> None:
         """Forget the half of an update that never finished, and prepare the layers."""
@@ -129,6 +129,16 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if path.suffix != ".safetensors":
             raise ValueError(f"{file} is not a safetensors file")
         return path
+
+
+def _agreed(folder: str) -> Path:
+    """The folder, if it is below the one that this server was started with."""
+    path, allowed = Path(folder).resolve(), os.environ.get(WEIGHTS_DIR)
+    if allowed is None or not path.is_relative_to(allowed):
+        raise ValueError(
+            f"{folder} is not inside server.weights_dir={allowed or ''} of this server"
+        )
+    return path
 
 
 def _map(region: str) -> mmap.mmap:

@@ -13,6 +13,7 @@ batch that made it. Names, in the order in which a step meets them:
 | rollout/response_length | mean number of sampled tokens per trajectory |
 | rollout/response_length_max | largest number of sampled tokens of a trajectory |
 | rollout/truncated_share | share of trajectories that ran out of their token budget (`length`) |
+| rollout/context_share | share of trajectories that reached the end of the model's context |
 | rollout/staleness_mean | mean over sampled tokens of: versions between sampling and training |
 | rollout/staleness_max | the same, largest |
 | rollout/staleness_share_K | share of sampled tokens that are K versions old; K is one of `AGES` |
@@ -98,6 +99,7 @@ def rollout_metrics(
         "rollout/response_length": _ratio(num_tokens, num_samples),
         "rollout/response_length_max": float(max(length for length, _ in extremes)),
         "rollout/truncated_share": _ratio(total["truncated"], num_samples),
+        "rollout/context_share": _ratio(total["out_of_context"], num_samples),
         "rollout/staleness_mean": _ratio(total["age"], num_tokens),
         "rollout/staleness_max": float(max(age for _, age in extremes)),
         **_shares("staleness_share", total),
@@ -309,6 +311,7 @@ def _batch_sums(groups: list[list[Trajectory]]) -> dict[str, float]:
         "tokens": sum(sample.response_length for sample in samples),
         "reward": sum(sample.reward for sample in samples),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
+        "out_of_context": sum(sample.finish_reason == "context" for sample in samples),
         "constant": sum(len({sample.reward for sample in group}) == 1 for group in groups),
     }
 

@@ -20,6 +20,7 @@ import contextlib
 import functools
 import hashlib
 import inspect
+import math
 import os
 import queue
 import threading
@@ -30,8 +31,9 @@ from typing import TYPE_CHECKING, Any
 import cloudpickle
 
 from arealite.errors import ConfigError, RewardError
-from arealite.rewards.process import Call, DeadlinePassedError, WorkerLostError, WorkerProcess
+from arealite.rewards.process import Call, CallStoppedError, WorkerLostError, WorkerProcess
 from arealite.rewards.worker import NotANumberError, as_reward, describe
+from arealite.waits import waiting
 
 if TYPE_CHECKING:  # arealite.types imports torch, which is nothing to wait for here
     from arealite.types import Row
@@ -42,6 +44,8 @@ RewardFn = Callable[[str, dict[str, Any]], float | Awaitable[float]]
 MAX_FUNCTIONS = 64
 """A worker that holds so many is replaced: a notebook makes a new one each time a cell runs."""
 REPICKLE_BYTES = 65_536
+CLOSE_TIMEOUT_S = 5.0
+"""For a thread to see its worker off, and what that has started."""
 
 
 class RewardPool:
@@ -117,7 +121,8 @@ class RewardPool:
         call = self._pickler.call(reward, text, row, limit_s)
         self._submit(call)
         try:
-            return await asyncio.wrap_future(call.outcome)
+            with waiting(f"reward {call.name}", alarm_after_s=math.inf):
+                return await asyncio.wrap_future(call.outcome)
         finally:
             self._abandon(call)
 
@@ -132,7 +137,7 @@ class RewardPool:
             for _ in self._threads:
                 self._queue.put(None)
         for thread in self._threads:
-            thread.join(timeout=1.0)
+            thread.join(timeout=CLOSE_TIMEOUT_S)
 
     def _submit(self, call: Call) -> None:
         with self._lock:
@@ -182,10 +187,10 @@ class RewardPool:
             self._assign(worker, call)
             try:
                 return worker.run(call)
-            except DeadlinePassedError as late:
+            except CallStoppedError as stopped:
                 worker.end()
                 raise RewardError(
-                    f"Reward {call.name} {late} {call.where}; its worker was killed."
+                    f"Reward {call.name} {stopped} {call.where}; its worker was killed."
                 ) from None
             except WorkerLostError as lost:
                 ending = lost.args[0] if lost.args else worker.end()

@@ -27,10 +27,13 @@ LOAD_TIMEOUT_S = 120.0
 SEND_TIMEOUT_S = 10
 KILL_TIMEOUT_S = 1.0
 POLL_S = 0.1
+MAX_PROCESSES = 256
+"""Of one worker; RLIMIT_NPROC would count all of the user's, and does nothing to root."""
 MAX_SWEEPS = 5
 """Through all processes of the machine, as long as there is one more to kill."""
 OWNER = "AREALITE_REWARD_WORKER"
-"""Environment variable that says, in every process below a worker, which worker it is of."""
+"""Environment variable that says, in the processes below a worker, which worker it is of; unless
+one was started with another environment."""
 
 
 @dataclass(eq=False, kw_only=True, slots=True)
@@ -48,8 +51,8 @@ class Call:
     is_abandoned: bool = False
 
 
-class DeadlinePassedError(Exception):
-    """A worker did not answer in time; its text continues "Reward x ..."."""
+class CallStoppedError(Exception):
+    """A worker did not answer in time, or went too far; its text continues "Reward x ..."."""
 
 
 class WorkerLostError(Exception):
@@ -115,20 +118,20 @@ class WorkerProcess:
         raise RewardError(f"Reward {call.name} {value}")
 
     def kill(self) -> None:
-        """End the process and all it started, at once. Call with the lock held, in any thread."""
+        """End the process and its group, at once. Call with the lock held, in any thread."""
         if self._process is not None:
             for kill in (os.killpg, os.kill):  # itself too: a reward may have left its group
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     kill(self._process.pid, signal.SIGKILL)
-            kill_marked(self._mark)
 
     def end(self) -> str:
-        """Kill and forget the process; says how it ended, be it by this or before."""
+        """Kill and forget the process and all it started; says how it ended, by this or before."""
         with self._lock:
             self.kill()
             process, self._process = self._process, None
         if process is None or self._connection is None:
             return "is gone"
+        kill_marked(self._mark)
         self._connection.close()
         self.loaded.clear()
         try:
@@ -140,7 +143,7 @@ class WorkerProcess:
         return f"ended with exit code {code}"
 
     def _ask(self, message: bytes, timeout_s: float, to_do: str = "") -> tuple[str, Any]:
-        assert self._connection is not None
+        assert self._connection is not None and self._process is not None
         deadline = time.monotonic() + timeout_s
         try:
             self._connection.send_bytes(message)
@@ -149,8 +152,10 @@ class WorkerProcess:
             while not self._connection.poll(min(POLL_S, max(0.0, deadline - time.monotonic()))):
                 if self._has_ended():
                     raise WorkerLostError
+                if size_of_group(self._process.pid) > MAX_PROCESSES:
+                    raise CallStoppedError(f"started more than {MAX_PROCESSES} processes")
                 if time.monotonic() >= deadline:
-                    raise DeadlinePassedError(f"took longer than {timeout_s:g} s{to_do}")
+                    raise CallStoppedError(f"took longer than {timeout_s:g} s{to_do}")
             return json.loads(self._connection.recv_bytes())
         except (EOFError, OSError, ValueError) as error:  # ValueError: no JSON
             raise WorkerLostError from error
@@ -176,3 +181,12 @@ def kill_marked(mark: str) -> None:
                     has_found = True
         if not has_found:
             return
+
+
+def size_of_group(group: int) -> int:
+    """Processes in this process group."""
+    size = 0
+    for pid in psutil.pids():
+        with contextlib.suppress(OSError):
+            size += os.getpgid(pid) == group
+    return size

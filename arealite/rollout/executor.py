@@ -10,25 +10,31 @@ its reason, the next row takes its place, and many failures raise in the main th
 
 import asyncio
 import concurrent.futures
+import itertools
+import math
 import sys
 import threading
 import time
+import traceback
 from collections import Counter, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Real
+from pathlib import Path
 from statistics import fmean
 from typing import Self, get_args
 
+import arealite
 from arealite import background, dist
 from arealite.api import InferenceEngine, RolloutWorkflow
 from arealite.config import check_at_least
 from arealite.data.order import RowOrder
 from arealite.errors import (
+    ArealiteError,
     ConfigError,
     DataError,
     DeadlineError,
     NoServerError,
-    PromptTooLongError,
     RolloutError,
     TrajectoryError,
 )
@@ -38,7 +44,7 @@ from arealite.waits import report, waiting
 
 POLL_S = 0.01
 """How often the rollout thread looks for a new weight version."""
-FATAL = (PromptTooLongError, ConfigError, DataError, NoServerError)
+FATAL = (ConfigError, DataError, NoServerError)
 """What no other row would do better with."""
 FAILURE_WINDOW = 64
 """Latest episodes over which the share of failures is taken."""
@@ -57,8 +63,8 @@ class RolloutConfig:
     may overtake a slow one until its last chance; half the mean age. `ready`: what finished first;
     what gets too old is dropped, long answers most. docs/staleness.md compares them."""
     max_running_prompts: int = 0
-    """Prompts in flight over all ranks; 0: as many as max_staleness admits, and the servers run
-    at the same time (server.max_num_seqs)."""
+    """Prompts in flight over all ranks; 0: as many as max_staleness admits. In any case no more
+    than the servers work on at the same time (server.max_num_seqs)."""
     episode_timeout_s: float = 600.0
     """Limit of one episode in seconds; beyond it the row is recorded as failed."""
     batch_timeout_s: float = 1800.0
@@ -116,10 +122,11 @@ class RolloutExecutor:
         self._order = RowOrder(len(rows), seed=seed)
         self._cfg = cfg
         batch = cfg.prompts_per_step // ranks
+        limit = cfg.max_running_prompts or cfg.prompts_per_step * (cfg.max_staleness + 1)
         self._admission = Admission[list[Trajectory]](
             batch=batch,
             max_staleness=cfg.max_staleness,
-            max_running=cfg.max_running_prompts // ranks or batch * (cfg.max_staleness + 1),
+            max_running=max(1, limit // ranks),
             start=start or Cursor(),
             order=cfg.order,
             rank=dist.rank(),
@@ -143,7 +150,6 @@ class RolloutExecutor:
 
         Raises:
             RolloutError: too many episodes failed, or all were rejected.
-            PromptTooLongError: a row does not fit into the model's context.
             DataError: a row cannot be read by the model's tokenizer.
             NoServerError: no server is left.
             DeadlineError: nothing came within `batch_timeout_s`.
@@ -166,9 +172,11 @@ class RolloutExecutor:
     def _wait_for_batch(self) -> list[list[Trajectory]]:
         deadline = time.monotonic() + self._cfg.batch_timeout_s
         with self._changed, waiting(self._admission.waiting_for):
-            while (groups := self._admission.take()) is None:
+            while True:
                 if self._error is not None:
                     raise self._error
+                if (groups := self._admission.take()) is not None:
+                    return groups
                 if failure := dist.announced_failure():
                     raise RolloutError(failure)
                 if time.monotonic() > deadline:
@@ -179,7 +187,6 @@ class RolloutExecutor:
                         "rollout.batch_timeout_s."
                     )
                 self._changed.wait(timeout=1.0)
-        return groups
 
     def cursor(self, version: int) -> Cursor:
         """Where the run stands after `version` training steps; a collective of all ranks.
@@ -228,7 +235,8 @@ class RolloutExecutor:
                     episodes[ticket].add_done_callback(lambda _, ended=ticket: episodes.pop(ended))
                 await asyncio.sleep(POLL_S)
         except Exception as error:  # whatever it is, the main thread must not wait for ever
-            self._fail(error)
+            is_ours = isinstance(error, ArealiteError)
+            self._fail(error if is_ours else error_of_ours("The rollout thread", error))
         finally:
             running = list(episodes.values())
             for episode in running:
@@ -260,23 +268,17 @@ class RolloutExecutor:
 
     async def _run_episode(self, ticket: Ticket) -> None:
         """One row: its group, or the reason why there is none, goes to the admission."""
-        row = self._rows[self._order[ticket.place]]
         try:
+            row = self._rows[self._order[ticket.place]]
             async with asyncio.timeout(self._cfg.episode_timeout_s):
-                group = await self._workflow.arun_episode(self._engine, row)
+                group = await run_episode(self._engine, self._workflow, row)
+        except Exception as error:
+            self._lose(ticket, error)
+        else:
             if group is None:
                 self._lose(ticket, None)
             else:
-                self._accept(ticket, check_group(group, self._workflow))
-        except asyncio.CancelledError as error:
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
-                raise  # by us; otherwise something inside the episode was cancelled
-            self._lose(ticket, error_of_ours("was cancelled from within", error))
-        except SystemExit as error:
-            self._lose(ticket, error_of_ours(f"raised SystemExit: {error}", error))
-        except Exception as error:
-            self._lose(ticket, first_cause(error))
+                self._accept(ticket, group)
 
     def _accept(self, ticket: Ticket, group: list[Trajectory]) -> None:
         labelled = [replace(trajectory, row_index=ticket.place) for trajectory in group]
@@ -309,7 +311,7 @@ class RolloutExecutor:
             f"{len(failures)} of the latest {len(self._recent)} episodes failed "
             f"({count_kinds(type(failure).__name__ for failure in failures)}), more than "
             f"rollout.max_failure_share={self._cfg.max_failure_share} of {FAILURE_WINDOW}. "
-            f"The first: {describe(failures[0])}"
+            f"The first: {describe(failures[0])}{user_frames(failures[0])}"
         )
         error.__cause__ = failures[0]
         return error
@@ -328,6 +330,31 @@ class RolloutExecutor:
             self._error = self._error or error
             self._closing = True
             self._changed.notify_all()
+
+
+async def run_episode(
+    engine: InferenceEngine, workflow: RolloutWorkflow, row: Row
+) -> list[Trajectory] | None:
+    """The checked group of one row; None if the workflow rejects it.
+
+    What goes wrong is raised as an Exception, also a `sys.exit`, a cancellation from within, or a
+    panic of a library: it concerns this row, and must not end the loop that all rows share.
+    """
+    try:
+        group = await workflow.arun_episode(engine, row)
+    except GeneratorExit:
+        raise
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is not None and task.cancelling():
+            raise  # by us; otherwise something inside the episode was cancelled
+        raise RolloutError("The episode was cancelled from within.") from error
+    except BaseException as error:
+        cause = first_cause(error)
+        if not isinstance(cause, Exception):
+            cause = error_of_ours("The episode", cause)
+        raise cause from cause.__cause__
+    return None if group is None else check_group(group, workflow, version=engine.version)
 
 
 def run_episodes(
@@ -349,8 +376,7 @@ def run_episodes(
 
     async def run_one(row: Row) -> list[Trajectory] | None:
         async with gate:
-            group = await workflow.arun_episode(engine, row)
-        return None if group is None else check_group(group, workflow)
+            return await run_episode(engine, workflow, row)
 
     async def run_all() -> list[list[Trajectory] | None]:
         async with asyncio.TaskGroup() as episodes:
@@ -365,8 +391,13 @@ def run_episodes(
     return [group for group in groups if group is not None]
 
 
-def check_group(group: list[Trajectory], workflow: RolloutWorkflow) -> list[Trajectory]:
+def check_group(
+    group: list[Trajectory], workflow: RolloutWorkflow, *, version: int
+) -> list[Trajectory]:
     """The group, if each trajectory's fields fit together.
+
+    Args:
+        version: of the engine; no token is of weights beyond the update that may be under way.
 
     Raises:
         TrajectoryError: naming the workflow and the field.
@@ -378,19 +409,30 @@ def check_group(group: list[Trajectory], workflow: RolloutWorkflow) -> list[Traj
             "row."
         )
     for trajectory in group:
-        length = len(trajectory.token_ids)
-        for field in ("loss_mask", "behavior_logprobs", "versions"):
-            if len(getattr(trajectory, field)) != length:
-                raise TrajectoryError(
-                    f"{name} returned {len(getattr(trajectory, field))} {field} for {length} "
-                    "tokens. Build trajectories with Transcript, which keeps them aligned."
-                )
-        if not any(trajectory.loss_mask) or trajectory.loss_mask[0]:
+        if problem := problem_with(trajectory, version):
             raise TrajectoryError(
-                f"{name} returned a trajectory that begins with a sampled token or has none. "
-                "Build trajectories with Transcript, from a prompt and a response."
+                f"{name} returned {problem}. Build trajectories with Transcript, which keeps "
+                "tokens, masks, log-probs and versions aligned."
             )
     return group
+
+
+def problem_with(trajectory: Trajectory, version: int) -> str:
+    """What is wrong with the fields of a trajectory; empty if nothing is."""
+    length = len(trajectory.token_ids)
+    for field in ("loss_mask", "behavior_logprobs", "versions"):
+        if len(getattr(trajectory, field)) != length:
+            return f"{len(getattr(trajectory, field))} {field} for {length} tokens"
+    if not any(trajectory.loss_mask) or trajectory.loss_mask[0]:
+        return "a trajectory that begins with a sampled token or has none"
+    if not isinstance(trajectory.reward, Real) or not math.isfinite(trajectory.reward):
+        return f"the reward {trajectory.reward!r:.80}, which is not a finite number"
+    if not all(map(math.isfinite, trajectory.behavior_logprobs)):
+        return "a behavior log-prob that is not finite"
+    versions = set(itertools.compress(trajectory.versions, trajectory.loss_mask))
+    if not 0 <= min(versions) <= max(versions) <= version + 1:
+        return f"sampled tokens of the versions {sorted(versions)}, the engine being at {version}"
+    return ""
 
 
 def lost_row(ticket: Ticket, reason: str, group: Sequence[Trajectory] | None = None) -> LostRow:
@@ -408,18 +450,28 @@ def count_kinds(kinds: Iterable[str]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in Counter(kinds).most_common())
 
 
-def first_cause(error: Exception) -> Exception:
+def first_cause(error: BaseException) -> BaseException:
     """The first error inside nested groups of errors."""
-    while isinstance(error, ExceptionGroup):
+    while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
 
 
-def error_of_ours(what: str, cause: BaseException) -> RolloutError:
-    """An ordinary error for what would have ended more than its episode."""
-    error = RolloutError(f"The episode {what}.")
+def error_of_ours(who: str, cause: BaseException) -> RolloutError:
+    """An error that may be raised anywhere, for one that may not."""
+    error = RolloutError(f"{who} raised {describe(cause)}")
     error.__cause__ = cause
     return error
+
+
+def user_frames(error: BaseException) -> str:
+    """Where in the user's code an error arose, below its message; empty for errors of ours."""
+    if isinstance(error, ArealiteError):
+        return ""
+    ours = str(Path(arealite.__file__).parent)
+    frames = traceback.extract_tb(error.__traceback__)
+    theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
+    return "\n" + "".join(traceback.format_list(theirs[-2:])).rstrip()
 
 
 def describe(error: BaseException | None) -> str:

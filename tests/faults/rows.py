@@ -85,7 +85,7 @@ ROWS: dict[int, Row] = {
     ),
     20: Row(
         "A log-prob is nan, null, -9999 or positive",
-        "The sample is refused; many of them end the run.",
+        "The sample is refused, a reply that is no JSON asked for again; many end the run.",
     ),
     21: Row("A token id is not of the model", "The sample is refused."),
     22: Row(
@@ -114,7 +114,7 @@ ROWS: dict[int, Row] = {
     ),
     42: Row(
         "A reward function eats memory or starts processes",
-        "It dies at its memory limit, and what it started dies with its worker.",
+        "It dies at its limit of memory or processes, and what it started dies with its worker.",
     ),
     43: Row(
         "A reward function returns no finite number",
@@ -130,7 +130,7 @@ ROWS: dict[int, Row] = {
     ),
     46: Row(
         "A row of the data set is malformed",
-        "An error when the rows are loaded, with file and line.",
+        "An error when the rows are loaded, with file and line; or it is left out, up to a quota.",
     ),
     47: Row(
         "Fewer rows than a batch, or none; the end of an epoch",

@@ -215,6 +215,13 @@ def test_weights_that_became_nan_end_the_run(oracle: Oracle, proxy: FaultProxy, 
         oracle.train(connect(proxy), asking(), ROWS, steps=20, at={0: edit})
 
 
+@pytest.mark.fault(20, "a log-prob is NaN, which is no JSON")
+def test_a_reply_with_a_nan_is_asked_for_again(oracle: Oracle, proxy: FaultProxy, connect: Connect):
+    edit = break_some(proxy, BAD_GENERATE_REPLIES["log-prob is nan"], [0])
+    assert_all_arrived(oracle.train(connect(proxy), asking(), ROWS, at={0: edit}))
+    assert num_met(proxy) == 1
+
+
 @pytest.mark.fault(22, "span of a version that is no number")
 def test_a_reply_of_weights_that_nobody_pushed_is_asked_for_again(
     oracle: Oracle, proxy: FaultProxy, connect: Connect

@@ -99,6 +99,13 @@ def test_a_reward_that_eats_memory_dies_at_its_limit(oracle: Oracle, reward_pool
     assert_victim_is_recorded(ledger, "ran out of memory", "0.25 GiB", "twice")
 
 
+@pytest.mark.fault(42, "a reward forks without end")
+def test_a_reward_that_forks_without_end_is_stopped(oracle: Oracle, reward_pool: Pool):
+    reward_pool(num_workers=1, timeout_s=10)
+    ledger = train(oracle, id_but("[os.fork() or time.sleep(100) for _ in iter(int, 1)]"))
+    assert_victim_is_recorded(ledger, "started more than 256 processes", "its worker was killed")
+
+
 START_20 = "[subprocess.Popen(['sleep', '100']) for _ in range(20)]"
 
 

@@ -1,6 +1,7 @@
 """Rows, tokenizers and responses that do not fit: refused at the start, or recorded one by one."""
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,8 @@ import pytest
 import torch
 
 from arealite.algo.advantages import group_advantages
-from arealite.data import RowOrder, load_tokenizer, resolve_model
-from arealite.errors import DataError, PromptTooLongError, RolloutError
+from arealite.data import RowOrder, load_rows, load_tokenizer, resolve_model
+from arealite.errors import DataError, RolloutError
 from arealite.inference.vllm import VLLMEngine
 from arealite.rollout.workflows import SingleTurnWorkflow
 from arealite.testing import ScriptedEngine, ScriptedServer, byte_tokenizer, make_tiny_model
@@ -54,6 +55,20 @@ def test_a_malformed_row_is_refused_before_anything_starts(
     file.write_bytes(b"\n".join([GOOD, line, GOOD]))
     with oracle.ends_with(DataError, f"rows.jsonl, line 2:? {MALFORMED[line]}"):
         start_recipe(f"dataset={file}")
+
+
+@pytest.mark.fault(46, "one of three lines is malformed, and as many are allowed, or fewer")
+@pytest.mark.parametrize("line", MALFORMED)
+def test_malformed_rows_are_left_out_up_to_a_quota(
+    tmp_path: Path, line: bytes, caplog: pytest.LogCaptureFixture
+):
+    file = tmp_path / "rows.jsonl"
+    file.write_bytes(b"\n".join([GOOD, line, GOOD]))
+    assert load_rows(str(file), split="train", max_malformed=1) == [json.loads(GOOD)] * 2
+    assert re.search(f"1 of 3 rows are left out: .*line 2:? {MALFORMED[line]}", caplog.text)
+    file.write_bytes(b"\n".join([line, line, GOOD]))
+    with pytest.raises(DataError, match=f"line 2:? {MALFORMED[line]}"):
+        load_rows(str(file), split="train", max_malformed=1)
 
 
 @pytest.mark.fault(47, "a file without a row")
@@ -158,7 +173,8 @@ def test_a_prompt_that_fills_the_context_ends_the_run_with_what_to_change(
 ):
     engine = connect(scripted_server(vocab_size=VOCAB_SIZE, max_model_len=PROMPT_LENGTH))
     with oracle.ends_with(
-        PromptTooLongError, "A prompt of 25 tokens leaves no room.*raise server.max_model_len"
+        RolloutError,
+        "PromptTooLongError 7.*A prompt of 25 tokens leaves no room.*raise server.max_model_len",
     ):
         oracle.train(engine, asking(), ROWS)
 

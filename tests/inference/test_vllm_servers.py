@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
@@ -268,6 +268,50 @@ def test_an_error_of_the_task_that_watches_the_servers_reaches_whoever_asks(
         with pytest.raises(NoServerError, match="Nobody watches the servers any more") as raised:
             start(engine, 1).result(5)
     assert "a bug" in repr(raised.value.__cause__.exceptions)  # type: ignore[union-attr]
+
+
+# --- Pushes and requests that do not go as usual --------------------------------------------------
+
+
+def test_servers_of_an_update_that_breaks_off_do_not_serve_until_they_have_the_next_one(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    def breaking() -> Iterator[tuple[str, torch.Tensor]]:
+        yield "w", torch.ones(3)
+        raise OSError("the disk is full")
+
+    server = scripted_server()
+    with VLLMEngine([server.address]) as engine:
+        push(engine, 0)
+        with pytest.raises((OSError, ServerError)):
+            engine.receive_weights(breaking(), version=1)
+        assert engine._fleet.serving() == []
+        push(engine, 1)
+        assert start(engine, 1).result(20)[0].versions == [1] * 16
+
+
+def test_a_request_that_takes_longer_than_others_gets_more_time_with_each_attempt(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    proxy = fault_proxy(scripted_server())
+    with VLLMEngine([proxy.address], ServerConfig(patience_s=0.4)) as engine:
+        push(engine, 0)
+        start(engine, 16).result(20)
+        proxy.inject(faults.Delay(1.0), on=range(1000), path="/inference/v1/generate")
+        assert len(start(engine, 1).result(20)) == 1  # after limits of 0.4 and 0.8 s
+        assert engine.take_metrics()["server/retries"] == 2
+
+
+def test_new_requests_share_no_cache_with_those_of_earlier_weights_where_it_is_kept(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address], ServerConfig(kv="reuse")) as engine:
+        for version in range(2):
+            push(engine, version)
+            start(engine, 2).result(20)
+    asked = [one.json() for one in server.received if one.path == "/inference/v1/generate"]
+    assert [body.get("cache_salt") for body in asked] == ["version 0"] * 2 + ["version 1"] * 2
 
 
 # --- Room -----------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from arealite.inference.transport import Disk, SharedMemory
+from arealite.inference.transport import WEIGHTS_DIR, Disk, SharedMemory
 
 worker = pytest.importorskip("arealite.inference.vllm_worker", reason="needs vllm")
 
@@ -20,7 +20,9 @@ def receiver(folder: Path):
 
 
 @pytest.mark.fault(64, "a path with `..`, an absolute path, a link, a pickle, a folder beside it")
-def test_weights_come_only_from_safetensors_files_inside_the_folder(tmp_path: Path):
+def test_weights_come_only_from_safetensors_files_inside_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     inside, outside = tmp_path / "run", tmp_path / "run-of-somebody-else"
     inside.mkdir()
     outside.mkdir()
@@ -29,6 +31,7 @@ def test_weights_come_only_from_safetensors_files_inside_the_folder(tmp_path: Pa
     (inside / "link.safetensors").symlink_to(outside / "a.safetensors")
     (inside / "weights.bin").write_bytes(b"pickle")
     (inside / "renamed.safetensors").symlink_to(inside / "weights.bin")
+    monkeypatch.setenv(WEIGHTS_DIR, str(inside))
     allowed = receiver(inside)._checked
     assert allowed(str(inside / "a.safetensors")) == inside / "a.safetensors"
     for path in (
@@ -42,6 +45,20 @@ def test_weights_come_only_from_safetensors_files_inside_the_folder(tmp_path: Pa
     for path in ("weights.bin", "renamed.safetensors"):
         with pytest.raises(ValueError, match="not a safetensors file"):
             allowed(str(inside / path))
+
+
+@pytest.mark.fault(64, "a client that names another folder than the server was started with")
+def test_a_folder_is_agreed_on_only_below_that_of_the_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.delenv(WEIGHTS_DIR, raising=False)
+    with pytest.raises(ValueError, match=r"not inside server.weights_dir= of this server"):
+        receiver(tmp_path)
+    monkeypatch.setenv(WEIGHTS_DIR, str(tmp_path / "run"))
+    assert receiver(tmp_path / "run" / "push-1")
+    for folder in (tmp_path, tmp_path / "run" / "..", tmp_path / "run-2", Path("/")):
+        with pytest.raises(ValueError, match=r"not inside server.weights_dir="):
+            receiver(folder)
 
 
 def test_only_the_memory_of_a_trainer_is_mapped(tmp_path: Path):

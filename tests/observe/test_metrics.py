@@ -75,7 +75,7 @@ def trajectory(
 GROUPS = [
     [trajectory(1.0, [5, 5]), trajectory(0.0, [3, 4, 5, 5], "length")],
     [trajectory(1.0, [5]), trajectory(1.0, [4])],
-    [trajectory(0.0, [5, 5])],
+    [trajectory(0.0, [5, 5], "context")],
 ]
 
 STATS = StepStats(
@@ -105,6 +105,7 @@ def test_rollout_metrics_of_a_batch_computed_by_hand():
         "rollout/response_length": 10 / 5,
         "rollout/response_length_max": 4.0,
         "rollout/truncated_share": 1 / 5,
+        "rollout/context_share": 1 / 5,
         "rollout/staleness_mean": (2 + 1 + 1) / 10,
         "rollout/staleness_max": 2.0,
         "rollout/staleness_share_0": 7 / 10,

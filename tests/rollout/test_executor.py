@@ -1,6 +1,7 @@
 """Rollouts beside a (pretended) training loop, against the scripted engine."""
 
 import asyncio
+import re
 import threading
 import time
 import traceback
@@ -280,13 +281,82 @@ def test_an_order_that_does_not_exist_is_refused():
         executor(answer, order="fastest")
 
 
-@pytest.mark.parametrize("kind", [PromptTooLongError, DataError])
-def test_a_row_that_no_setting_of_the_run_can_use_stops_it_at_once(kind: type[Exception]):
+def test_a_row_that_the_model_cannot_read_stops_the_run_at_once():
     async def unusable(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
-        raise kind("900 tokens leave no room")
+        raise DataError("the tokenizer has no such word")
 
-    with executor(unusable) as rollouts, pytest.raises(kind, match="900 tokens"):
+    with executor(unusable) as rollouts, pytest.raises(DataError, match="no such word"):
         rollouts.next_batch()
+
+
+def test_a_conversation_that_outgrows_the_context_costs_its_row_only():
+    async def outgrow(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        if row["id"] == 3:
+            raise PromptTooLongError("a prompt of 900 tokens leaves no room")
+        return await answer(engine, row)
+
+    with executor(outgrow, prompts_per_step=10) as rollouts:
+        assert len(rollouts.next_batch()) == 10
+        [lost] = rollouts.take_lost()
+    assert lost.reason == "failed: PromptTooLongError: a prompt of 900 tokens leaves no room"
+
+
+class Panic(BaseException):
+    """What a library written in another language raises when it breaks."""
+
+
+@pytest.mark.parametrize("kind", [Panic, SystemExit, asyncio.CancelledError, KeyboardInterrupt])
+def test_an_evaluation_names_what_is_no_ordinary_exception(kind: type[BaseException]):
+    async def panic(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        raise kind("bye")
+
+    with pytest.raises(RolloutError, match=rf"{kind.__name__}: bye|cancelled from within"):
+        run_episodes(ScriptedEngine(replies=[]), Workflow(panic), ROWS[:1])
+
+
+def test_rows_that_cannot_be_read_are_recorded():
+    class Unreadable(list[Row]):
+        def __getitem__(self, index):
+            raise OSError("the disk is gone")
+
+    cfg = RolloutConfig(prompts_per_step=2, max_staleness=1)
+    rows = Unreadable(ROWS)
+    with (
+        RolloutExecutor(ScriptedEngine(replies=[]), Workflow(answer), rows, cfg) as rollouts,
+        pytest.raises(RolloutError, match=r"OSError 7.*the disk is gone"),
+    ):
+        rollouts.next_batch()
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"reward": float("nan")}, "the reward nan, which is not a finite number"),
+        ({"reward": None}, "the reward None"),
+        ({"behavior_logprobs": [0.0, float("-inf")]}, "a behavior log-prob that is not finite"),
+        ({"versions": [-1, -1]}, r"versions \[-1\], the engine being at 0"),
+        ({"versions": [-1, 2]}, r"versions \[2\], the engine being at 0"),
+    ],
+)
+def test_values_that_would_spoil_a_batch_are_refused(fields: dict[str, object], problem: str):
+    async def spoil(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        return [trajectory(row, **fields)]
+
+    with executor(spoil) as rollouts, pytest.raises(RolloutError, match=problem):
+        rollouts.next_batch()
+
+
+def test_many_failures_show_where_the_first_one_arose():
+    async def misspell(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        return row["anwser"]
+
+    with executor(misspell) as rollouts, pytest.raises(RolloutError) as raised:
+        rollouts.next_batch()
+    assert re.search(
+        r'KeyError: \'anwser\'\n.*File ".*test_executor.py", line \d+, in misspell\n'
+        r'\s+return row\["anwser"\]',
+        str(raised.value),
+    )
 
 
 def test_next_batch_says_what_it_waited_for():

@@ -201,8 +201,8 @@ def strike_real_servers(folder: Path, dice: random.Random, count: int, figures: 
                 f"real {kind.name} {part}",
                 lambda run, part=part, kind=kind: pick(run, part, dice).send_signal(kind),
             )
-            figures.real_server_kills += is_done
-            if is_done and figures.real_server_kills % 8 == 0:
+            figures.real_server_kills += is_done and kind is signal.SIGKILL
+            if is_done and kind is signal.SIGKILL and figures.real_server_kills % 8 == 0:
                 victim = dice.choice(list(RECIPE_PARTS))
                 campaign.kill_recipe(f"real {victim}", RECIPE_PARTS[victim])
             time.sleep(dice.uniform(0, 5))

@@ -51,8 +51,6 @@ def test_the_agreement_is_lost_without_the_repair_of_tied_heads(
 
 def test_weights_arrive_through_a_shared_folder(tmp_path: Path):
     folder = make_tiny_model(tmp_path / "model", is_tied=True)
-    with (
-        serve(folder, ServerConfig(), log_dir=tmp_path) as servers,
-        VLLMEngine(servers.addresses, weights_dir=tmp_path / "weights") as engine,
-    ):
+    cfg = ServerConfig(weights_dir=str(tmp_path / "weights"))
+    with serve(folder, cfg, log_dir=tmp_path) as servers, VLLMEngine(servers) as engine:
         assert_agrees_after_each_of_three_pushes(engine, folder)
