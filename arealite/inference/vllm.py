@@ -267,7 +267,7 @@ class VLLMEngine:
         request_id = f"{CLIENT_ID}-{next(self._request_numbers)}"
         body = _generate_body(request, budget) | {"request_id": request_id}
         if self._cfg.kv == "reuse":  # which is for requests that go on, not for new ones
-            body["cache_salt"] = f"version {server.version}"
+            body["cache_salt"] = f"version {self.version}"
         # A process that does not push may not have heard yet that the server has missed an update.
         oldest_version = self.version if self.version >= 0 else server.version
         began_s = time.monotonic()

@@ -240,6 +240,7 @@ class _Pickler:
             ) from error
         return Call(
             name=name,
+            file=_file(reward),
             function=function,
             digest=hashlib.blake2b(function, digest_size=16).digest(),
             arguments=arguments,
@@ -316,6 +317,13 @@ def _name(reward: RewardFn) -> str:
     function = _unwrapped(reward)
     name = getattr(function, "__qualname__", type(function).__qualname__)
     return name.rpartition("<locals>.")[2]
+
+
+def _file(reward: RewardFn) -> str:
+    """Where its code is; empty for one without code of its own."""
+    function = _unwrapped(reward)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return code.co_filename if code else ""
 
 
 def _unwrapped(reward: Any) -> Any:

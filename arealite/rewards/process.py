@@ -41,6 +41,7 @@ class Call:
     """One call on its way through queue, thread and worker."""
 
     name: str
+    file: str  # that defines the function
     function: bytes
     digest: bytes  # of the function
     arguments: bytes
@@ -103,7 +104,7 @@ class WorkerProcess:
         """The function's value; RewardError if it failed in an orderly way."""
         if call.digest not in self.loaded:
             path = [entry or os.getcwd() for entry in sys.path]
-            message = pickle.dumps(("load", call.digest, call.function, path))
+            message = pickle.dumps(("load", call.digest, call.function, path, call.file))
             label, problem = self._ask(message, LOAD_TIMEOUT_S, " to be loaded")
             if label != "loaded":
                 raise RewardError(f"Reward {call.name} cannot be loaded in a worker: {problem}")

@@ -4,7 +4,8 @@
 nothing of the run but what a reward function itself needs. Keep it that way: torch alone would
 cost every worker seconds and hundreds of megabytes.
 
-    parent -> worker   pickled ("load", digest, function, sys.path) or ("call", digest, arguments)
+    parent -> worker   pickled ("load", digest, function, sys.path, file of the function)
+                       or ("call", digest, arguments)
     worker -> parent   JSON    ["loaded", null], ["value", 1.0], ["failed", text], ["memory", text]
 """
 
@@ -26,6 +27,10 @@ from types import TracebackType
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 NUM_FRAMES = 2
+DYNAMIC = "<dynamic-code>"
+"""What cloudpickle 3.1.3 calls the file of a function that it sends by value."""
+Loaded = tuple[Callable[..., object], str]
+"""A function, and the file that defines it."""
 
 
 class NotANumberError(Exception):
@@ -56,28 +61,34 @@ def as_reward(value: object) -> float:
     )
 
 
-def describe(error: BaseException) -> str:
-    """Type and message of an exception, and the last lines of the user's code that it passed."""
+def describe(error: BaseException, file: str = "") -> str:
+    """Type and message of an exception, and the last lines of the user's code that it passed.
+
+    Args:
+        file: where a function that was sent by value was defined.
+    """
     what = "".join(traceback.format_exception_only(error)).strip()
-    where = "".join(traceback.format_list(_frames_of_user(error.__traceback__)))
+    where = "".join(traceback.format_list(_frames_of_user(error.__traceback__, file)))
     return f"raised {what[:2_000]}\n{where}".rstrip()
 
 
-def _frames_of_user(trace: TracebackType | None) -> traceback.StackSummary:
+def _frames_of_user(trace: TracebackType | None, file: str) -> list[traceback.FrameSummary]:
     ours = os.path.dirname(__file__)
     frames = [
-        frame
+        traceback.FrameSummary(file, frame.lineno, frame.name)
+        if file and frame.filename == DYNAMIC
+        else frame
         for frame in traceback.extract_tb(trace)
         if frame.filename not in (__file__, os.path.join(ours, "pool.py"))
     ]
-    return traceback.StackSummary.from_list(frames[-NUM_FRAMES:])
+    return frames[-NUM_FRAMES:]
 
 
 def main(socket: int, parent: int, memory_bytes: int) -> None:
     """Answer calls until the parent closes its end of the socket."""
     _confine(parent, memory_bytes)
     connection = Connection(socket)
-    functions: dict[bytes, Callable[..., object]] = {}
+    functions: dict[bytes, Loaded] = {}
     pid = os.getpid()
     with contextlib.suppress(EOFError, OSError):
         while True:
@@ -87,25 +98,25 @@ def main(socket: int, parent: int, memory_bytes: int) -> None:
             connection.send_bytes(json.dumps(answer).encode())
 
 
-def _answer(
-    message: bytes, functions: dict[bytes, Callable[..., object]]
-) -> tuple[str, float | str | None]:
+def _answer(message: bytes, functions: dict[bytes, Loaded]) -> tuple[str, float | str | None]:
+    file = ""
     try:
         match pickle.loads(message):
-            case ("load", digest, function, path):
+            case ("load", digest, function, path, file):
                 sys.path[:] = path
-                functions[digest] = pickle.loads(function)
+                functions[digest] = pickle.loads(function), file
                 return "loaded", None
             case (_, digest, arguments):
-                return "value", as_reward(functions[digest](*pickle.loads(arguments)))
+                function, file = functions[digest]
+                return "value", as_reward(function(*pickle.loads(arguments)))
             case other:
                 raise AssertionError(other)
     except NotANumberError as error:
         return "failed", str(error)
     except MemoryError as error:
-        return "memory", describe(error)
+        return "memory", describe(error, file)
     except BaseException as error:  # sys.exit() and KeyboardInterrupt end the call, not the worker
-        return "failed", describe(error)
+        return "failed", describe(error, file)
 
 
 def _confine(parent: int, memory_bytes: int) -> None:

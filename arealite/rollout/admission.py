@@ -9,8 +9,8 @@ starts under the weights of some version u; the age of its group is v - u, and n
     window   the first B of the line that have finished, as soon as all others can still be
              trained on in time: a slow group is waited for only at its last chance. Half as many
              groups run ahead as in fifo, so the mean age is half of it.
-    ready    the B groups that finished first: nothing waits for a slow group; what got too old
-             is given up, and that is what takes long to generate.
+    ready    the first B of the line that have finished: nothing waits for a slow group; what got
+             too old is given up, and that is what takes long to generate.
 
 A row that is rejected, failed or given up leaves the line, and those behind it move up; the caller
 records it. No threads, no clock, no network here.
@@ -69,7 +69,7 @@ class Admission(Generic[Group]):
         self._next_place = start.next_row + rank
         self._stride = world_size
         self._running: dict[Ticket, None] = {}  # in the order of the line
-        self._done: dict[Ticket, Group] = {}  # the first to finish first
+        self._done: dict[Ticket, Group] = {}
 
     def start(self, version: int) -> Ticket | None:
         """The next episode that may start under weights `version`, if any may.
@@ -132,10 +132,8 @@ class Admission(Generic[Group]):
 
     def _next_batch(self) -> list[Ticket] | None:
         """What the next training step consumes, if it may begin."""
-        if self._order == "ready":
-            tickets = [t for t in self._done if not self._is_too_old(t)][: self._batch]
-        else:
-            tickets = heapq.nsmallest(self._batch, self._done)
+        in_time = (ticket for ticket in self._done if not self._is_too_old(ticket))
+        tickets = heapq.nsmallest(self._batch, in_time)
         if len(tickets) < self._batch:
             return None
         if self._order == "fifo" and any(running < tickets[-1] for running in self._running):

@@ -60,8 +60,8 @@ class RolloutConfig:
     """How many weight versions a group may lag behind the policy in training; 0 is synchronous."""
     order: Order = "fifo"
     """What a batch is made of. `fifo`: the next rows in order, whatever the timing. `window`: rows
-    may overtake a slow one until its last chance; half the mean age. `ready`: what finished first;
-    what gets too old is dropped, long answers most. docs/staleness.md compares them."""
+    may overtake a slow one until its last chance; half the mean age. `ready`: the oldest rows that
+    have finished; what gets too old is dropped, long answers most. docs/staleness.md compares."""
     max_running_prompts: int = 0
     """Prompts in flight over all ranks; 0: as many as max_staleness admits. In any case no more
     than the servers work on at the same time (server.max_num_seqs)."""

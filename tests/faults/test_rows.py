@@ -66,8 +66,8 @@ def test_malformed_rows_are_left_out_up_to_a_quota(
     file.write_bytes(b"\n".join([GOOD, line, GOOD]))
     assert load_rows(str(file), split="train", max_malformed=1) == [json.loads(GOOD)] * 2
     assert re.search(f"1 of 3 rows are left out: .*line 2:? {MALFORMED[line]}", caplog.text)
-    file.write_bytes(b"\n".join([line, line, GOOD]))
-    with pytest.raises(DataError, match=f"line 2:? {MALFORMED[line]}"):
+    file.write_bytes(b"\n".join([GOOD, line, line, GOOD]))
+    with pytest.raises(DataError, match=f"line 3:? {MALFORMED[line]}"):
         load_rows(str(file), split="train", max_malformed=1)
 
 

@@ -293,7 +293,7 @@ def test_servers_of_an_update_that_breaks_off_do_not_serve_until_they_have_the_n
 def test_a_request_that_takes_longer_than_others_gets_more_time_with_each_attempt(
     scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
 ):
-    proxy = fault_proxy(scripted_server())
+    proxy = fault_proxy(scripted_server().address)
     with VLLMEngine([proxy.address], ServerConfig(patience_s=0.4)) as engine:
         push(engine, 0)
         start(engine, 16).result(20)

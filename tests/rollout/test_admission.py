@@ -136,16 +136,16 @@ def test_in_a_window_a_group_is_waited_for_at_its_last_chance():
     assert machine.take() == ["0", "3"]
 
 
-def test_ready_takes_what_finished_first_and_gives_up_what_is_too_old():
+def test_ready_takes_the_oldest_that_finished_and_gives_up_what_is_too_old():
     machine = admission(order="ready")
     tickets = start_all(machine, version=0)
     finish(machine, tickets, 3, 1)
     assert machine.give_up_too_old() == []
-    assert machine.take() == ["3", "1"]
+    assert machine.take() == ["1", "3"]
     assert machine.give_up_too_old() == []  # rows 0 and 2 may still be trained on in step 1
     tickets += start_all(machine, version=1)
     finish(machine, tickets, 4, 2, 5)
-    assert machine.take() == ["4", "2"]
+    assert machine.take() == ["2", "4"]
     assert machine.give_up_too_old() == [(tickets[0], None)]
     assert machine.take() is None
     tickets += start_all(machine, version=2)
@@ -154,17 +154,18 @@ def test_ready_takes_what_finished_first_and_gives_up_what_is_too_old():
 
 
 def test_ready_does_not_train_on_what_is_too_old_before_it_is_given_up():
-    machine = admission(order="ready")
+    machine = admission(order="ready", max_staleness=2)
     tickets = start_all(machine, version=0)
-    finish(machine, tickets, 3, 1)
-    machine.take()
-    tickets += start_all(machine, version=1)
-    finish(machine, tickets, 4, 5, 2)
+    finish(machine, tickets, 4, 5)
     assert machine.take() == ["4", "5"]
-    finish(machine, tickets, 0)
+    tickets += start_all(machine, version=1)
+    finish(machine, tickets, 6, 7)
+    assert machine.take() == ["6", "7"]
+    finish(machine, tickets, 3, 2, 1, 0)  # all at their last chance, of which one step takes two
+    assert machine.take() == ["0", "1"]
     assert machine.take() is None
-    assert machine.give_up_too_old() == [(tickets[2], "2"), (tickets[0], "0")]
-    assert machine.unconsumed() == (6, [])
+    assert machine.give_up_too_old() == [(tickets[3], "3"), (tickets[2], "2")]
+    assert machine.unconsumed() == (8, [])
 
 
 def test_what_an_episode_returns_after_it_was_given_up_does_not_count():
