@@ -113,7 +113,8 @@ class Monitor:
             is_refusing = server.state == "stale" and self._fleet.is_pusher
             pause_s = SYNC_AGAIN_S if is_refusing else PROBE_EVERY_S
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(suspected.wait(), pause_s)
+                async with asyncio.timeout(pause_s):  # wait_for may swallow a cancellation
+                    await suspected.wait()
 
     async def probe(self, server: Server) -> None:
         """One round trip to the engine; tells the fleet what came of it."""

@@ -100,8 +100,9 @@ class Pusher:
         self._fleet.is_pusher = True
         try:
             self._send(self._fleet.in_update(), self._snapshot.renew(weights, version), version)
-        except BaseException:  # half of it may have arrived, and no server may go on with that
-            self._run(self._break_off(), CONTROL_TIMEOUT_S, "breaking off an update")
+        except BaseException as error:  # half of it may have arrived: no server may go on with that
+            reason = f"an update of it broke off ({type(error).__name__}: {error})"
+            self._run(self._break_off(reason), CONTROL_TIMEOUT_S, "breaking off an update")
             raise
         self._run(self._commit(version), CONTROL_TIMEOUT_S, "committing a version")
 
@@ -153,9 +154,9 @@ class Pusher:
     async def _commit(self, version: int) -> None:
         self._fleet.commit(version)
 
-    async def _break_off(self) -> None:
+    async def _break_off(self, reason: str) -> None:
         for server in self._fleet.in_update():
-            self._fleet.missed_update(server, "an update of it was broken off")
+            self._fleet.missed_update(server, reason)
 
     async def _resume(self) -> None:
         try:

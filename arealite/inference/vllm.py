@@ -326,8 +326,10 @@ class VLLMEngine:
         with waiting("a server that serves"):
             while (server := self._fleet.choose(conversation, avoid)) is None or has_ended:
                 self._check_hope(time.monotonic() - began_s)
+                # Not asyncio.wait_for, which before Python 3.12 may swallow a cancellation.
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._look_again.wait(), 1.0)
+                    async with asyncio.timeout(1.0):
+                        await self._look_again.wait()
         return server
 
     def _check_hope(self, waited_s: float) -> None:

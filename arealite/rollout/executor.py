@@ -212,6 +212,7 @@ class RolloutExecutor:
         try:
             self._future.result(10)
         except concurrent.futures.TimeoutError as error:
+            print(report(), file=sys.stderr, flush=True)
             raise DeadlineError(
                 "The rollout thread did not stop within 10 s: a workflow blocks its event loop. "
                 "Await what takes time, or run it in asyncio.to_thread."

@@ -283,7 +283,7 @@ def test_servers_of_an_update_that_breaks_off_do_not_serve_until_they_have_the_n
     server = scripted_server()
     with VLLMEngine([server.address]) as engine:
         push(engine, 0)
-        with pytest.raises((OSError, ServerError)):
+        with pytest.raises(ServerError, match=r"broke off .OSError: the disk is full"):
             engine.receive_weights(breaking(), version=1)
         assert engine._fleet.serving() == []
         push(engine, 1)
@@ -312,6 +312,28 @@ def test_new_requests_share_no_cache_with_those_of_earlier_weights_where_it_is_k
             start(engine, 2).result(20)
     asked = [one.json() for one in server.received if one.path == "/inference/v1/generate"]
     assert [body.get("cache_salt") for body in asked] == ["version 0"] * 2 + ["version 1"] * 2
+
+
+def test_a_request_that_is_cancelled_just_when_it_shall_look_again_ends(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address]) as engine:
+        push(engine, 0)
+        server.die()
+        wait_until(lambda: not engine._fleet.serving())
+
+        async def wake_and_cancel() -> None:
+            waiting = asyncio.create_task(engine.agenerate(request()))
+            await asyncio.sleep(0.05)
+            engine._let_requests_look_again()
+            await asyncio.sleep(0)  # the event is heard, and its listener not yet awake
+            waiting.cancel()
+            async with asyncio.timeout(2):
+                await asyncio.wait([waiting])
+            assert waiting.cancelled()
+
+        background.run(wake_and_cancel(), timeout_s=10, what="a cancelled request")
 
 
 # --- Room -----------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ class Ledger(NamedTuple):
     next_place: int
     pending: tuple[int, ...] = ()  # to be repeated after a kill
     running: tuple[Ticket, ...] = ()  # in the order of the line
-    done: tuple[Ticket, ...] = ()  # in the order in which they finished
+    done: tuple[Ticket, ...] = ()
     lost: tuple[int, ...] = ()  # not recorded yet: the trainer does it when it takes a batch
     has_taken: bool = False  # the batch of the step in training
 
@@ -97,11 +97,8 @@ def state(world: World, scope: Scope) -> bytes:
         codes.append(ledger.has_taken)
         if scope.can_be_killed:  # rows that no rank has started are dealt anew
             codes.append(ledger.next_place // scope.ranks - least_started(world, scope))
-        if scope.order == "ready":  # the place in the line does not matter, but who finished first
-            tickets = [*ledger.running, *ledger.done]
-        else:
-            tickets = sorted((*ledger.running, *ledger.done))
-            codes += [ticket in ledger.done for ticket in tickets]
+        tickets = sorted((*ledger.running, *ledger.done))
+        codes += [ticket in ledger.done for ticket in tickets]
         # What is too old stays it, however old it gets.
         codes += [min(world.version - t.version, scope.max_staleness + 1) for t in tickets]
     return bytes(codes)
@@ -220,7 +217,7 @@ def next_batch(ledger: Ledger, step: int, scope: Scope) -> list[Ticket] | None:
             return None
     else:
         usable = [t for t in ledger.done if step - t.version <= scope.max_staleness]
-        batch = usable[: scope.batch]
+        batch = sorted(usable)[: scope.batch]
     return batch if len(batch) == scope.batch else None
 
 
