@@ -206,9 +206,9 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Close all connections. The servers stay; `serve()` owns them."""
-        if self._watching is not None:
-            self._watching.cancel()
-            self._watching = None
+        watching, self._watching = self._watching, None  # first, so that requests see why
+        if watching is not None:
+            watching.cancel()
         background.run(self._disconnect(), timeout_s=10, what="closing connections")
         if self._transport is not None:
             self._transport.close()
