@@ -1,7 +1,7 @@
 """What asynchrony buys: the same rollouts and the same training, in turn and side by side.
 
-    python benchmarks/async_vs_sync.py              # all cells, half an hour on two cores
-    python benchmarks/async_vs_sync.py --short      # one cell, a few minutes
+    python benchmarks/async_vs_sync.py              # all cells, 50 minutes on two cores
+    python benchmarks/async_vs_sync.py --short      # one cell, 12 minutes
 
 A seeded trace says how many tokens each response has (log-normal, `ignore_eos`); real vLLM, pinned
 to one core, generates them, and a real trainer, pinned to the other, trains on them. Every mode
@@ -323,6 +323,8 @@ def measure_both(work: list[tuple[float, float]], folder: str) -> None:
             results.append(Measured())
             for number in range(ROUNDS):
                 run_chunk(engine, trainer, MODES[0], trace(sigma), results[-1], number * 1000)
+            median_s = statistics.median(results[-1].seconds)
+            print(f"sigma {sigma:g}, both cores: {median_s:.2f} s per step", file=sys.stderr)
     print(json.dumps([asdict(result) for result in results]))
 
 
