@@ -44,6 +44,7 @@ WINDOW_S = 600.0
 """Deaths of a server count against `max_restarts` for so long."""
 MAX_BACKOFF_S = 30.0
 POLL_S = 0.2
+FREEZE_TIMEOUT_S = 2.0
 
 
 @dataclass
@@ -257,6 +258,7 @@ class Server:
     def _end(self) -> None:
         """End what is left of the server, at once, and unlink the memory it had mapped."""
         family = self._family()
+        freeze(family)
         self.segments |= mapped_segments(family)
         for process in family:
             with contextlib.suppress(psutil.NoSuchProcess):
@@ -348,10 +350,27 @@ def _clean_up(segments: set[Path]) -> None:
     """End every process below us, then unlink the shared memory they had mapped."""
     # All of them: an orphan has become our child, whatever session it is in.
     family = psutil.Process().children(recursive=True)
+    freeze(family)
     segments = segments | mapped_segments(family)
-    end_processes(family)
+    end_processes(family, grace_s=0)
     for segment in segments:
         segment.unlink(missing_ok=True)
+
+
+def freeze(processes: list[psutil.Process]) -> None:
+    """Stop the processes, so that none maps more memory while it is looked for what they have."""
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.suspend()
+    deadline = time.monotonic() + FREEZE_TIMEOUT_S
+    while any(map(_runs, processes)) and time.monotonic() < deadline:
+        time.sleep(0.005)
+
+
+def _runs(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.status() not in (psutil.STATUS_STOPPED, psutil.STATUS_ZOMBIE)
+    return False
 
 
 def end_processes(processes: list[psutil.Process], *, grace_s: float = 3.0) -> None:
