@@ -94,8 +94,7 @@ class HFEngine:
     def room(self) -> int:
         """Requests more that would be sampled at once, rather than wait."""
         with self._turn:
-            running = sum(len(batch.sequences) for batch in self._batches)
-            return self._max_running - running - len(self._waiting)
+            return self._max_running - self._num_running() - len(self._waiting)
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
         """Sample one response; cancelling the task that awaits it drops it from its batch.
@@ -224,10 +223,12 @@ class HFEngine:
         has_work = bool(self._waiting or self._batches)
         return has_work and not self._is_paused and not self._is_loading
 
+    def _num_running(self) -> int:
+        return sum(len(batch.sequences) for batch in self._batches)
+
     def _admit(self) -> None:
         """Make a batch of the requests that wait, as far as `max_running` allows."""
-        running = sum(len(batch.sequences) for batch in self._batches)
-        count = min(len(self._waiting), self._max_running - running)
+        count = min(len(self._waiting), self._max_running - self._num_running())
         if count:
             arrivals = [self._waiting.popleft() for _ in range(count)]
             self._batches.appendleft(_Batch(arrivals, self._device))

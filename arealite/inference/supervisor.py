@@ -257,13 +257,7 @@ class Server:
 
     def _end(self) -> None:
         """End what is left of the server, at once, and unlink the memory it had mapped."""
-        family = self._family()
-        freeze(family)
-        self.segments |= mapped_segments(family)
-        for process in family:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        psutil.wait_procs(family, timeout=5)
+        self.segments |= end_frozen(self._family())
         if self.process is not None:
             self.process.wait()
         for segment in self.segments:
@@ -350,21 +344,24 @@ def _clean_up(segments: set[Path]) -> None:
     """End every process below us, then unlink the shared memory they had mapped."""
     # All of them: an orphan has become our child, whatever session it is in.
     family = psutil.Process().children(recursive=True)
-    freeze(family)
-    segments = segments | mapped_segments(family)
-    end_processes(family, grace_s=0)
-    for segment in segments:
+    for segment in segments | end_frozen(family):
         segment.unlink(missing_ok=True)
 
 
-def freeze(processes: list[psutil.Process]) -> None:
-    """Stop the processes, so that none maps more memory while it is looked for what they have."""
+def end_frozen(processes: list[psutil.Process]) -> set[Path]:
+    """Kill the processes; returns what they had mapped.
+
+    They are stopped first, so that none maps more while it is looked for what they have.
+    """
     for process in processes:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.suspend()
     deadline = time.monotonic() + FREEZE_TIMEOUT_S
     while any(map(_runs, processes)) and time.monotonic() < deadline:
         time.sleep(0.005)
+    segments = mapped_segments(processes)
+    end_processes(processes, grace_s=0)
+    return segments
 
 
 def _runs(process: psutil.Process) -> bool:

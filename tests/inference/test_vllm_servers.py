@@ -18,6 +18,7 @@ from arealite.testing import faults
 from arealite.testing.fault_proxy import FaultProxy
 from arealite.testing.http_server import ScriptedServer
 from arealite.types import ModelRequest, ModelResponse, SamplingParams
+from tests.inference.conformance import wait_until
 
 pytest_plugins = ["arealite.testing.plugin"]
 
@@ -47,13 +48,6 @@ def start(engine: VLLMEngine, count: int, **options: Any) -> "Future[list[ModelR
         )
 
     return background.submit(all_of_them())
-
-
-def wait_until(holds: Callable[[], bool], within_s: float = 20) -> None:
-    deadline = time.monotonic() + within_s
-    while not holds():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 def generated(server: ScriptedServer) -> int:
