@@ -45,6 +45,7 @@ WINDOW_S = 600.0
 MAX_BACKOFF_S = 30.0
 POLL_S = 0.2
 FREEZE_TIMEOUT_S = 2.0
+TRACKER_TIMEOUT_S = 5.0
 
 
 @dataclass
@@ -353,13 +354,14 @@ def end_frozen(processes: list[psutil.Process]) -> set[Path]:
 
     They are stopped first, so that none maps more while it is looked for what they have.
     """
-    for process in processes:
+    active = [process for process in processes if not _is_tracker(process)]
+    for process in active:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.suspend()
     deadline = time.monotonic() + FREEZE_TIMEOUT_S
-    while any(map(_runs, processes)) and time.monotonic() < deadline:
+    while any(map(_runs, active)) and time.monotonic() < deadline:
         time.sleep(0.005)
-    segments = mapped_segments(processes)
+    segments = mapped_segments(active)
     end_processes(processes, grace_s=0)
     return segments
 
@@ -370,12 +372,26 @@ def _runs(process: psutil.Process) -> bool:
     return False
 
 
+def _is_tracker(process: psutil.Process) -> bool:
+    """Whether it unlinks what Python processes leave, as soon as the last of them is gone."""
+    with contextlib.suppress(psutil.Error):
+        return any("multiprocessing.resource_tracker" in part for part in process.cmdline())
+    return False
+
+
 def end_processes(processes: list[psutil.Process], *, grace_s: float = 3.0) -> None:
-    """Ask the processes to end, and kill what is left after `grace_s`."""
-    for process in processes:
+    """Ask the processes to end, and kill what is left after `grace_s`; trackers end by themselves."""
+    trackers = [process for process in processes if _is_tracker(process)]
+    others = [process for process in processes if process not in trackers]
+    for process in others:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.terminate()
-    _, alive = psutil.wait_procs(processes, timeout=grace_s)
+    _kill_after(others, grace_s)
+    _kill_after(trackers, TRACKER_TIMEOUT_S)
+
+
+def _kill_after(processes: list[psutil.Process], seconds: float) -> None:
+    _, alive = psutil.wait_procs(processes, timeout=seconds)
     for process in alive:
         with contextlib.suppress(psutil.NoSuchProcess):
             process.kill()

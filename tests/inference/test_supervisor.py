@@ -184,3 +184,27 @@ def test_a_port_that_somebody_listens_on_is_named_with_its_owner():
         port = taken.getsockname()[1]
         assert supervisor._listener(port) == f"process {os.getpid()}"
     assert supervisor._listener(port) == ""
+
+
+def test_what_python_processes_leave_is_unlinked_by_their_tracker_which_is_given_time_for_it():
+    code = """if True:
+        import multiprocessing, signal
+        context = multiprocessing.get_context("spawn")
+        locks = [context.Lock() for _ in range(500)]
+        print(*(lock._semlock.name for lock in locks), flush=True)
+        signal.pause()
+    """
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as family:
+        assert family.stdout
+        names = family.stdout.readline().split()
+        semaphores = [Path(f"/dev/shm/sem.{name.removeprefix('/')}") for name in names]
+        [tracker] = psutil.Process(family.pid).children()
+        tracker.suspend()  # or it would be done before it is looked at
+        family.kill()
+    assert all(semaphore.exists() for semaphore in semaphores)
+    tracker.resume()
+    supervisor.end_frozen([tracker])
+    assert not any(semaphore.exists() for semaphore in semaphores)
+    assert not tracker.is_running()
