@@ -380,7 +380,7 @@ def _is_tracker(process: psutil.Process) -> bool:
 
 
 def end_processes(processes: list[psutil.Process], *, grace_s: float = 3.0) -> None:
-    """Ask the processes to end, and kill what is left after `grace_s`; trackers end by themselves."""
+    """Ask the processes to end, kill what is left after `grace_s`, and let trackers finish."""
     trackers = [process for process in processes if _is_tracker(process)]
     others = [process for process in processes if process not in trackers]
     for process in others:
