@@ -2,6 +2,7 @@
 
     python benchmarks/async_vs_sync.py              # all cells, 50 minutes on two cores
     python benchmarks/async_vs_sync.py --short      # one cell, 12 minutes
+    python benchmarks/async_vs_sync.py --out FILE   # figures as JSON; started again, it continues
 
 A seeded trace says how many tokens each response has (log-normal, `ignore_eos`); real vLLM, pinned
 to one core, generates them, and a real trainer, pinned to the other, trains on them. Every mode
@@ -273,6 +274,8 @@ def measure_cells(
     engine: VLLMEngine, trainer: Trainer, sigma: float, ratios: list[float]
 ) -> Iterator[Cell]:
     """All modes of one trace, in turn, at each ratio."""
+    if not ratios:
+        return
     rows = trace(sigma)
     vllm_tokens_per_s = vllm_alone(engine, rows)
     generate_s, batches = one_by_one(engine, rows)
@@ -328,6 +331,18 @@ def measure_both(work: list[tuple[float, float]], folder: str) -> None:
     print(json.dumps([asdict(result) for result in results]))
 
 
+def write_cells(cells: list[Cell], file: Path) -> None:
+    file.write_text(json.dumps([asdict(cell) for cell in cells]))
+
+
+def read_cells(file: Path) -> list[Cell]:
+    """What an earlier start has measured."""
+    return [
+        Cell(**{**cell, "modes": {name: Measured(**m) for name, m in cell["modes"].items()}})
+        for cell in (json.loads(file.read_text()) if file.exists() else [])
+    ]
+
+
 def interval(values: list[float]) -> tuple[float, float]:
     """95 % bootstrap interval of the median."""
     dice = random.Random(0)
@@ -357,7 +372,7 @@ def print_cell(cell: Cell) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--short", action="store_true", help="only sigma 1, ratio .5")
-    parser.add_argument("--out", default="", help="file for all figures as JSON")
+    parser.add_argument("--out", type=Path, help="JSON of all figures, also to continue from")
     parser.add_argument("--both", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.both:
@@ -365,26 +380,29 @@ def main() -> None:
 
     sigmas, ratios = ([1.0], [0.5]) if arguments.short else (SIGMAS, RATIOS)
     with tempfile.TemporaryDirectory() as folder:
+        out: Path = arguments.out or Path(folder) / "cells.json"
+        cells = read_cells(out)
         make_tiny_model(folder, max_model_len=2 * 1024)
         # A thread passes its core on to what it starts: first the servers, then our own threads.
         os.sched_setaffinity(0, {SERVER_CORE})
         cfg = ServerConfig(max_num_seqs=MAX_NUM_SEQS)
         servers = serve(folder, cfg, log_dir=Path(folder) / "pinned")
         os.sched_setaffinity(0, {TRAINER_CORE})
-        cells: list[Cell] = []
         with servers, VLLMEngine(servers) as engine:
             trainer = Trainer(folder, threads=1)
             push_weights(trainer.engine, engine, version=0)
             for sigma in sigmas:
-                cells += measure_cells(engine, trainer, sigma, ratios)
+                measured = {cell.ratio for cell in cells if cell.sigma == sigma}
+                for cell in measure_cells(engine, trainer, sigma, sorted({*ratios} - measured)):
+                    cells.append(cell)
+                    write_cells(cells, out)
         os.sched_setaffinity(0, {SERVER_CORE, TRAINER_CORE})
         for cell, both in zip(cells, sync_on_both_cores(cells, folder), strict=True):
             cell.modes["sync, both cores"] = both
+        write_cells(cells, out)
 
     for cell in cells:
         print_cell(cell)
-    if arguments.out:
-        Path(arguments.out).write_text(json.dumps([asdict(cell) for cell in cells]))
     [chosen] = [cell for cell in cells if (cell.sigma, cell.ratio) == (1.0, 0.5)]
     figures = {
         "best_fifo_ratio": max(chosen.over_sync("fifo 4"), chosen.over_sync("window 2")),
