@@ -1,15 +1,14 @@
 """Fixtures that several test files share."""
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
-from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import make_tiny_model
 from tests.faults.document import MARKED, shown_by
 from tests.oracle import DEADLINE_S, Oracle
+from tests.real_server import RealServer, run_server
 
 pytest_plugins = ["arealite.testing.plugin"]
 
@@ -22,16 +21,16 @@ def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 @pytest.fixture(scope="session")
-def vllm_address(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A real vLLM server of the tiny model."""
-    logs: Path = tmp_path_factory.mktemp("logs")
-    with serve(tiny_model, ServerConfig(), log_dir=logs) as servers:
-        yield servers.addresses[0]
+def vllm_server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
+    """A real server of the tiny model."""
+    run_dir, token_dir = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("token")
+    with run_server(tiny_model, run_dir, token_dir / "token") as server:
+        yield server
 
 
 @pytest.fixture
-def engine(vllm_address: str) -> Iterator[VLLMEngine]:
-    with VLLMEngine([vllm_address]) as engine:
+def engine(vllm_server: RealServer) -> Iterator[VLLMEngine]:
+    with VLLMEngine([vllm_server.address], vllm_server.cfg) as engine:
         yield engine
 
 

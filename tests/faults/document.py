@@ -63,7 +63,7 @@ def _where(item: pytest.Item) -> str:
     """The command that runs a test, what stands in for vLLM, and why it may still fail."""
     where = "make soak" if item.get_closest_marker("soak") else "make test"
     fixtures = set(getattr(item, "fixturenames", ()))
-    if "real_vllm" in item.nodeid or fixtures & {"protected", "vllm_address"}:
+    if "real_vllm" in item.nodeid or "vllm_server" in fixtures:
         where += ", real vLLM"
     elif "test_supervisor" in item.nodeid or "process_tree" in fixtures:
         where += ", fake process tree"

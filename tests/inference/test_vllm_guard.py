@@ -5,7 +5,6 @@ import json
 import os
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,9 +18,9 @@ from arealite.inference.server import ServerConfig, serve
 from arealite.inference.tokens import CLIENT_HEADER, TOKEN, find_token
 from arealite.inference.vllm import VLLMEngine
 from arealite.inference.vllm_guard import Guard
-from arealite.testing import make_tiny_model
 from arealite.types import ModelRequest, SamplingParams
 from tests.inference.parity import checkpoint, push
+from tests.real_server import RealServer
 
 SECRET = "sentinel-5f1c0c9e"
 
@@ -161,24 +160,25 @@ def test_a_server_that_other_machines_can_reach_needs_a_token(
 # --- Real vLLM ------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def protected(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, str]]:
-    """Address of a server that asks for a token, the folder of its run, and its model."""
-    folder = tmp_path_factory.mktemp("protected")
-    model = make_tiny_model(folder / "model")
-    token_file = folder / "secret" / "token"
-    token_file.parent.mkdir()
-    token_file.write_text(SECRET)
-    token_file.chmod(0o600)
-    cfg = ServerConfig(token_file=str(token_file))
-    with serve(model, cfg, log_dir=folder / "run") as servers:
-        yield servers.addresses[0], folder / "run", model
+untied = pytest.mark.parametrize("tiny_model", ["untied"], indirect=True)
+"""Either model would do: for these tests one is enough."""
 
 
-def status(method: str, url: str, token: str = "") -> int:
-    headers = {"Authorization": f"Bearer {token}"} if token else {}
+def fetch(server: RealServer, method: str, path: str, **headers: str) -> bytes:
+    """The reply to one request that shows the token."""
+    request = urllib.request.Request(
+        server.address + path,
+        data=b"{}" if method == "POST" else None,
+        method=method,
+        headers={"Authorization": f"Bearer {server.token}", **headers},
+    )
+    with urllib.request.urlopen(request, timeout=10) as reply:
+        return reply.read()
+
+
+def status_without_token(method: str, url: str) -> int:
     body = b"{}" if method == "POST" else None
-    request = urllib.request.Request(url, data=body, method=method, headers=headers)
+    request = urllib.request.Request(url, data=body, method=method)
     try:
         with urllib.request.urlopen(request, timeout=10) as reply:
             return reply.status
@@ -186,83 +186,60 @@ def status(method: str, url: str, token: str = "") -> int:
         return error.code
 
 
-def test_every_route_of_a_protected_server_answers_401_but_health(
-    protected: tuple[str, Path, str],
-):
-    address = protected[0]
-    request = urllib.request.Request(
-        f"{address}/openapi.json", headers={"Authorization": f"Bearer {SECRET}"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        documented = json.load(reply)["paths"]
+@untied
+def test_every_route_of_a_protected_server_answers_401_but_health(vllm_server: RealServer):
+    address = vllm_server.address
+    documented = json.loads(fetch(vllm_server, "GET", "/openapi.json"))["paths"]
     assert {"/pause", "/collective_rpc", "/inference/v1/generate"} <= set(documented)
     others = ["/", "/docs", "/openapi.json", "/metrics", "/nothing", "/arealite/model"]
     routes = [(m.upper(), path) for path, methods in documented.items() for m in methods]
     routes += [("GET", path) for path in others]
-    open_routes = [route for route in routes if status(route[0], address + route[1]) != 401]
+    open_routes = [
+        route for route in routes if status_without_token(route[0], address + route[1]) != 401
+    ]
     assert open_routes == [("GET", "/health")]
-    assert status("GET", address + "/health") == 200
+    assert status_without_token("GET", address + "/health") == 200
 
 
-def test_the_token_is_in_no_log_process_list_exception_or_file(protected: tuple[str, Path, str]):
-    address, run_dir, model = protected
+@untied
+def test_the_token_is_in_no_log_process_list_exception_or_file(vllm_server: RealServer):
+    token = vllm_server.token
     with pytest.raises(ServerError, match=r"asks for a token\. Set AREALITE_TOKEN") as refused:
-        VLLMEngine([address])
-    assert SECRET not in repr(refused.value)
+        VLLMEngine([vllm_server.address])
+    assert token not in repr(refused.value)
 
-    token_file = run_dir.parent / "secret" / "token"
-    cfg = ServerConfig(token_file=str(token_file))
-    with VLLMEngine([address], cfg) as engine:
-        push(engine, checkpoint(model), 0)
+    with VLLMEngine([vllm_server.address], vllm_server.cfg) as engine:
+        push(engine, checkpoint(vllm_server.model), 0)
         request = ModelRequest(token_ids=[7] * 8, sampling=SamplingParams(max_new_tokens=4))
         asyncio.run(engine.agenerate(request))
-        assert SECRET not in repr(vars(engine)) + repr(cfg)
+        assert token not in repr(vars(engine)) + repr(vllm_server.cfg)
     for process in psutil.process_iter():
         try:
-            assert SECRET not in " ".join(process.cmdline())
+            assert token not in " ".join(process.cmdline())
         except psutil.NoSuchProcess:
             continue
-    files = [path for path in run_dir.rglob("*") if path.is_file()]
+    files = [path for path in vllm_server.run_dir.rglob("*") if path.is_file()]
     assert any(path.name == "server-0.log" for path in files)
-    assert [path for path in files if SECRET in path.read_text(errors="replace")] == []
+    assert [path for path in files if token in path.read_text(errors="replace")] == []
 
 
+@untied
 def test_a_server_says_how_many_tokens_its_model_has_and_how_many_sequences_it_samples(
-    protected: tuple[str, Path, str],
+    vllm_server: RealServer,
 ):
-    request = urllib.request.Request(
-        f"{protected[0]}/arealite/model", headers={"Authorization": f"Bearer {SECRET}"}
-    )
-    with urllib.request.urlopen(request, timeout=10) as reply:
-        assert json.load(reply) == {"vocab_size": 320, "max_num_seqs": 128}
+    told = json.loads(fetch(vllm_server, "GET", "/arealite/model"))
+    assert told == {"vocab_size": 320, "max_num_seqs": 128}
 
 
-def test_a_pause_by_a_trainer_that_died_ends_on_the_server(protected: tuple[str, Path, str]):
-    address, _, _ = protected
-    headers = {"Authorization": f"Bearer {SECRET}", CLIENT_HEADER: f"dead-{os.getpid()}"}
-
-    def call(method: str, path: str) -> bytes:
-        body = b"{}" if method == "POST" else None
-        request = urllib.request.Request(
-            address + path,
-            data=body,
-            method=method,
-            headers=headers | {"Content-Type": "text/json"},
-        )
-        with urllib.request.urlopen(request, timeout=10) as reply:
-            return reply.read()
+@untied
+def test_a_pause_by_a_trainer_that_died_ends_on_the_server(vllm_server: RealServer):
+    fetch(vllm_server, "POST", "/pause?mode=keep", **{CLIENT_HEADER: f"dead-{os.getpid()}"})
 
     def is_paused() -> bool:
-        del headers[CLIENT_HEADER]
-        try:
-            return bool(json.loads(call("GET", "/is_paused"))["is_paused"])
-        finally:
-            headers[CLIENT_HEADER] = "somebody else"
+        return bool(json.loads(fetch(vllm_server, "GET", "/is_paused"))["is_paused"])
 
-    call("POST", "/pause?mode=keep")
     assert is_paused()
-    deadline = asyncio.run(_until(lambda: not is_paused(), within_s=vllm_guard.LEASE_S + 10))
-    assert deadline
+    assert asyncio.run(_until(lambda: not is_paused(), within_s=vllm_guard.LEASE_S + 10))
 
 
 async def _until(holds: Any, *, within_s: float) -> bool:
