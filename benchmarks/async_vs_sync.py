@@ -1,6 +1,6 @@
 """What asynchrony buys: the same rollouts and the same training, in turn and side by side.
 
-    python benchmarks/async_vs_sync.py              # all cells, 50 minutes on two cores
+    python benchmarks/async_vs_sync.py              # all cells, an hour or more on two cores
     python benchmarks/async_vs_sync.py --short      # one cell, 12 minutes
     python benchmarks/async_vs_sync.py --out FILE   # figures as JSON; started again, it continues
 
