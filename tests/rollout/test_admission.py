@@ -22,6 +22,7 @@ def admission(**overrides: object) -> Admission[str]:
 def start_all(machine: Admission[str], version: int) -> list[Ticket]:
     tickets = []
     while ticket := machine.start(version):
+        assert ticket not in tickets
         tickets.append(ticket)
     return tickets
 
