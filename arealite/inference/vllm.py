@@ -93,6 +93,7 @@ class VLLMEngine:
         self._watching: concurrent.futures.Future[None] | None = None
         self._transport: Transport | None = None
         self._look_again = asyncio.Event()
+        self._reading = asyncio.Lock()
         self._durations_s = deque[float](maxlen=256)
         self._num_retries = 0
         self._request_numbers = itertools.count()
@@ -281,12 +282,15 @@ class VLLMEngine:
                     echo=request_id.encode(),
                     may_reuse=may_reuse,
                 )
-            response = parse_reply(
-                content,
-                vocab_size=self._vocab_size,
-                oldest_version=oldest_version,
-                latest_version=self.version + 1,
-            )
+            # Of replies that arrive together the loop reads one, and then turns to all others.
+            async with self._reading:
+                await asyncio.sleep(0)
+                response = parse_reply(
+                    content,
+                    vocab_size=self._vocab_size,
+                    oldest_version=oldest_version,
+                    latest_version=self.version + 1,
+                )
         except StaleReplyError as error:
             if self.version < 0:
                 raise ServerError(str(error)) from error
@@ -360,6 +364,7 @@ class VLLMEngine:
     def _let_requests_look_again(self) -> None:
         self._look_again.set()
         self._look_again = asyncio.Event()
+        self._reading = asyncio.Lock()
 
     # --- Connections ------------------------------------------------------------------------------
 
