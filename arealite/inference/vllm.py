@@ -364,7 +364,6 @@ class VLLMEngine:
     def _let_requests_look_again(self) -> None:
         self._look_again.set()
         self._look_again = asyncio.Event()
-        self._reading = asyncio.Lock()
 
     # --- Connections ------------------------------------------------------------------------------
 
