@@ -81,10 +81,10 @@ def test_with_one_of_two_servers_killed_the_demo_ends_with_its_accuracy(
     start: Callable[..., RecipeRun],
 ):
     run = start("server.num_cpu_servers=2")
-    run.wait_until(lambda: run.steps_done() >= 30)
+    run.wait_until(lambda: run.steps_done() >= 10)  # early: the server needs a minute or two
     run.find("api_server").kill()
     run.assert_ended(0, within_s=500)
-    assert "is given up" in run.printed()  # and may be back before the end, or not
+    assert "serves again" in run.printed()
     figures = json.loads(run.printed().splitlines()[-1])
     assert figures["accuracy_before"] <= 0.60
     assert figures["accuracy_after"] >= 0.90
