@@ -330,7 +330,7 @@ BAD_GENERATE_REPLIES: dict[str, Fault] = {
     "spans are missing": DeleteValue(_SPANS),
     "spans have a gap": SetValue(f"{_SPANS}/0/start", 1),
     "spans overlap": RepeatValue(f"{_SPANS}/0"),
-    "spans end too early": SetValue(f"{_SPANS}/0/end", 1),
+    "spans end too early": SetValue(f"{_SPANS}/0/end", 0),
     "span of a future version": SetValue(f"{_SPANS}/0/version", "1000000"),
     "span of a version that is no number": SetValue(f"{_SPANS}/0/version", "seven"),
     "unknown finish reason": SetValue(f"{_CHOICE}/finish_reason", "tired"),

@@ -541,7 +541,7 @@ CHOICE_CHANGES: dict[str, Callable[[dict[str, Any]], bool]] = {
     "spans overlap": lambda c: (
         [(s["start"], s["end"]) for s in c["weight_versions"]] == [(0, 4)] * 2
     ),
-    "spans end too early": lambda c: c["weight_versions"][0]["end"] == 1,
+    "spans end too early": lambda c: c["weight_versions"][0]["end"] == 0,
     "span of a future version": lambda c: c["weight_versions"][0]["version"] == "1000000",
     "span of a version that is no number": lambda c: c["weight_versions"][0]["version"] == "seven",
     "unknown finish reason": lambda c: c["finish_reason"] == "tired",
@@ -567,6 +567,18 @@ def test_a_named_bad_reply_has_the_one_flaw_of_its_name(
         assert not CHOICE_CHANGES[name](true[0])
         changed = {key for key in true[0] if choice.get(key, "gone") != true[0][key]}
         assert len(changed) == 1
+
+
+@pytest.mark.parametrize("name", BAD_GENERATE_REPLIES)
+def test_a_named_bad_reply_is_bad_where_the_weights_changed_after_the_first_token(
+    proxy: FaultProxy, name: str
+):
+    spans = [{"start": 0, "end": 1, "version": "0"}, {"start": 1, "end": 4, "version": "1"}]
+    proxy.inject(SetValue("choices/0/weight_versions", spans), path=GENERATE)
+    true = json.loads(post_generate(proxy.address))["choices"]
+    with FaultProxy(proxy.address) as second:
+        second.inject(BAD_GENERATE_REPLIES[name], path=GENERATE)
+        assert json.loads(post_generate(second.address))["choices"] != true
 
 
 def test_a_fault_of_ones_own(proxy: FaultProxy):
