@@ -217,7 +217,10 @@ async def next_request(connection: socket.socket) -> tuple[str, bytes] | None:
     head, _, body = received.partition(b"\r\n\r\n")
     _, _, length = head.lower().partition(b"content-length:")
     while len(body) < int(length.split(b"\r\n")[0] or 0):
-        body += await loop.sock_recv(connection, 65_536)
+        part = await loop.sock_recv(connection, 65_536)
+        if not part:
+            return None
+        body += part
     return head.split(b" ")[1].decode(), body
 
 

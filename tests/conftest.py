@@ -1,6 +1,8 @@
 """Fixtures that several test files share."""
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import pytest
 
@@ -12,20 +14,45 @@ from tests.real_server import RealServer, run_server
 
 pytest_plugins = ["arealite.testing.plugin"]
 
-
-@pytest.fixture(scope="session", params=["tied", "untied"])
-def tiny_model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> str:
-    """A random Qwen2-shaped model with a byte tokenizer; once tied, once untied."""
-    folder = tmp_path_factory.mktemp(request.param)
-    return make_tiny_model(folder, is_tied=request.param == "tied")
+TINY_MODELS = ("tied", "untied")
 
 
 @pytest.fixture(scope="session")
-def vllm_server(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RealServer]:
-    """A real server of the tiny model."""
-    run_dir, token_dir = tmp_path_factory.mktemp("run"), tmp_path_factory.mktemp("token")
-    with run_server(tiny_model, run_dir, token_dir / "token") as server:
-        yield server
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Random Qwen2-shaped models with a byte tokenizer: one tied, one untied."""
+    return {
+        kind: make_tiny_model(tmp_path_factory.mktemp(kind), is_tied=kind == "tied")
+        for kind in TINY_MODELS
+    }
+
+
+@pytest.fixture(scope="session", params=TINY_MODELS)
+def tiny_model(request: pytest.FixtureRequest, tiny_models: dict[str, str]) -> str:
+    return tiny_models[request.param]
+
+
+@pytest.fixture(scope="session")
+def vllm_servers(
+    request: pytest.FixtureRequest,
+    tiny_models: dict[str, str],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, RealServer]]:
+    """A real server of each tiny model that the selected tests ask for, by the model.
+
+    They start at the same time: one alone takes a minute, and keeps one core busy.
+    """
+    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    kinds = {call.params["tiny_model"] for call in calls if call and "tiny_model" in call.params}
+    models = [tiny_models[kind] for kind in kinds]
+    folders = [tmp_path_factory.mktemp("server") for _ in models]
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        servers = pool.map(lambda *of: stack.enter_context(run_server(*of)), models, folders)
+        yield {server.model: server for server in servers}
+
+
+@pytest.fixture(scope="session")
+def vllm_server(tiny_model: str, vllm_servers: dict[str, RealServer]) -> RealServer:
+    return vllm_servers[tiny_model]
 
 
 @pytest.fixture

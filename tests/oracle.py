@@ -115,8 +115,9 @@ def used_by_others(segments: frozenset[str]) -> set[str]:
 
 def held_locks(pids: set[int]) -> frozenset[str]:
     """Locks on files that these processes hold, as /proc knows them."""
-    lines = Path("/proc/locks").read_text().splitlines()
-    return frozenset(" ".join(line.split()[1:]) for line in lines if int(line.split()[4]) in pids)
+    entries = [line.split()[1:] for line in Path("/proc/locks").read_text().splitlines()]
+    held = [entry for entry in entries if entry[0] != "->"]  # or somebody waits for the one above
+    return frozenset(" ".join(entry) for entry in held if int(entry[3]) in pids)
 
 
 def is_alive(process: psutil.Process) -> bool:

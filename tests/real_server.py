@@ -21,9 +21,10 @@ class RealServer:
 
 
 @contextlib.contextmanager
-def run_server(model: str, run_dir: Path, token_file: Path) -> Iterator[RealServer]:
-    """Serve the model with a new token."""
+def run_server(model: str, folder: Path) -> Iterator[RealServer]:
+    """Serve the model with a new token; what the run writes is in a folder of its own."""
     token = f"sentinel-{secrets.token_hex(8)}"
+    token_file, run_dir = folder / "token", folder / "run"
     token_file.touch(mode=0o600)
     token_file.write_text(token)
     cfg = ServerConfig(token_file=str(token_file))

@@ -224,7 +224,8 @@ class HFEngine:
         return has_work and not self._is_paused and not self._is_loading
 
     def _num_running(self) -> int:
-        return sum(len(batch.sequences) for batch in self._batches)
+        """Sequences without an answer; an answered one is about to leave its batch."""
+        return sum(not s.outcome.done() for batch in self._batches for s in batch.sequences)
 
     def _admit(self) -> None:
         """Make a batch of the requests that wait, as far as `max_running` allows."""

@@ -1,7 +1,12 @@
 """What a server says it sampled, as a `ModelResponse`, or an error: nothing is ever guessed."""
 
+import asyncio
 import math
-from typing import Literal
+import time
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
 
 import msgspec
 
@@ -10,6 +15,10 @@ from arealite.types import ModelResponse
 
 FAILED_LOGPROB = -9998.0
 """vLLM writes -9999 for the log-prob of a token that weights with nan have sampled."""
+
+
+READING_S = 0.0005
+"""Out of each turn of the event loop, for replies that have arrived together."""
 
 
 class UnreadableReplyError(TrajectoryError):
@@ -109,6 +118,35 @@ def parse_reply(
         versions=versions,
         finish_reason=choice.finish_reason,
     )
+
+
+class ReplyReader:
+    """Parses replies on the event loop, a few in each of its turns: nothing else shall wait."""
+
+    def __init__(self) -> None:
+        self._waiting = deque[tuple[asyncio.Future[ModelResponse], Callable[[], ModelResponse]]]()
+
+    async def parse(self, content: bytes, **limits: Any) -> ModelResponse:
+        """What `parse_reply` gives, once it is this reply's turn."""
+        loop = asyncio.get_running_loop()
+        outcome = loop.create_future()
+        if not self._waiting:
+            loop.call_soon(self._parse_some)
+        self._waiting.append((outcome, partial(parse_reply, content, **limits)))
+        return await outcome
+
+    def _parse_some(self) -> None:
+        until_s = time.perf_counter() + READING_S
+        while self._waiting and time.perf_counter() < until_s:
+            outcome, parse = self._waiting.popleft()
+            if outcome.cancelled():
+                continue
+            try:
+                outcome.set_result(parse())
+            except Exception as error:
+                outcome.set_exception(error)
+        if self._waiting:
+            asyncio.get_running_loop().call_soon(self._parse_some)
 
 
 def _choice(content: bytes) -> _Choice:

@@ -9,6 +9,7 @@ vllm itself is never imported here: the servers run in processes of their own.
 
 import asyncio
 import concurrent.futures
+import gc
 import itertools
 import math
 import random
@@ -37,7 +38,7 @@ from arealite.inference.connection import (
 from arealite.inference.fleet import Fleet, Server
 from arealite.inference.monitor import Monitor
 from arealite.inference.pusher import Pusher
-from arealite.inference.reply import StaleReplyError, UnreadableReplyError, parse_reply
+from arealite.inference.reply import ReplyReader, StaleReplyError, UnreadableReplyError
 from arealite.inference.server import ServerConfig, Servers
 from arealite.inference.transport import Disk, SharedMemory, Transport
 from arealite.types import ModelRequest, ModelResponse
@@ -53,6 +54,9 @@ SLOW_FACTOR = 10
 
 class VLLMEngine:
     """`InferenceEngine` over running vLLM servers. Use it as a context manager, or close it.
+
+    Until then what exists now is left out of garbage collection, which takes longer the more there
+    is: a cycle of objects that is dropped meanwhile goes when the engine is closed.
 
     Args:
         servers: what `serve()` gives, or `http://host:port` of each server.
@@ -93,8 +97,10 @@ class VLLMEngine:
         self._watching: concurrent.futures.Future[None] | None = None
         self._transport: Transport | None = None
         self._look_again = asyncio.Event()
-        self._reading = asyncio.Lock()
+        self._reader = ReplyReader()
         self._durations_s = deque[float](maxlen=256)
+        self._num_durations = 0
+        self._usual_s = math.inf
         self._num_retries = 0
         self._request_numbers = itertools.count()
         self._retrying = tenacity.AsyncRetrying(
@@ -113,6 +119,8 @@ class VLLMEngine:
         self._vocab_size = min((size for _, size in limits if size), default=None)
         self._watching = background.submit(self._monitor.run())
         self._watching.add_done_callback(self._end_requests)
+        # Looking through all that torch and transformers have made would hold up every reply.
+        gc.freeze()
 
     @property
     def version(self) -> int:
@@ -207,6 +215,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Close all connections. The servers stay; `serve()` owns them."""
+        gc.unfreeze()
         watching, self._watching = self._watching, None  # first, so that requests see why
         if watching is not None:
             watching.cancel()
@@ -282,15 +291,12 @@ class VLLMEngine:
                     echo=request_id.encode(),
                     may_reuse=may_reuse,
                 )
-            # Of replies that arrive together the loop reads one, and then turns to all others.
-            async with self._reading:
-                await asyncio.sleep(0)
-                response = parse_reply(
-                    content,
-                    vocab_size=self._vocab_size,
-                    oldest_version=oldest_version,
-                    latest_version=self.version + 1,
-                )
+            response = await self._reader.parse(
+                content,
+                vocab_size=self._vocab_size,
+                oldest_version=oldest_version,
+                latest_version=self.version + 1,
+            )
         except StaleReplyError as error:
             if self.version < 0:
                 raise ServerError(str(error)) from error
@@ -302,7 +308,7 @@ class VLLMEngine:
             raise
         finally:
             server.running -= 1
-        self._durations_s.append(time.monotonic() - began_s)
+        self._learn_duration(time.monotonic() - began_s)
         return response
 
     def _has_asked_enough(self, state: tenacity.RetryCallState) -> bool:
@@ -315,11 +321,14 @@ class VLLMEngine:
 
     def _limit_s(self, patience: int) -> float:
         """How long a request may take: much longer than those before it, but not for ever."""
-        if len(self._durations_s) < 16:
-            return self._cfg.request_timeout_s
-        usual_s = sorted(self._durations_s)[len(self._durations_s) * 9 // 10]
-        limit_s = patience * max(self._cfg.patience_s, SLOW_FACTOR * usual_s)
+        limit_s = patience * max(self._cfg.patience_s, SLOW_FACTOR * self._usual_s)
         return min(limit_s, self._cfg.request_timeout_s)
+
+    def _learn_duration(self, duration_s: float) -> None:
+        self._durations_s.append(duration_s)
+        self._num_durations += 1
+        if self._num_durations % 16 == 0:
+            self._usual_s = sorted(self._durations_s)[len(self._durations_s) * 9 // 10]
 
     async def _serving(self, conversation: int | None, avoid: Server | None) -> Server:
         """A server to ask, as soon as there is one."""

@@ -2,10 +2,12 @@
 
 import asyncio
 import contextlib
+import fcntl
 import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections import Counter
@@ -20,7 +22,7 @@ from arealite.testing import ScriptedEngine
 from arealite.types import LostRow
 from arealite.waits import waiting
 from tests.faults.training import ROWS, asking
-from tests.oracle import Ledger, Oracle, Surroundings
+from tests.oracle import Ledger, Oracle, Surroundings, held_locks
 
 
 def scripted_engine() -> ScriptedEngine:
@@ -91,6 +93,20 @@ def test_what_is_left_behind_is_named(
             oracle.__exit__(None)
     finally:
         remove()
+
+
+def test_a_lock_is_held_by_one_however_many_wait_for_it(tmp_path: Path):
+    wait_for_it = "import fcntl, sys; fcntl.flock(open(sys.argv[1]), fcntl.LOCK_EX)"
+    path = tmp_path / "lock"
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        waiter = subprocess.Popen([sys.executable, "-c", wait_for_it, path])
+        while f"-> FLOCK  ADVISORY  WRITE {waiter.pid} " not in Path("/proc/locks").read_text():
+            time.sleep(0.01)
+        [lock] = held_locks({os.getpid()})
+        assert lock.startswith("FLOCK")
+        assert held_locks({os.getpid(), waiter.pid}) == {lock}
+    assert waiter.wait() == 0
 
 
 def test_workers_of_the_default_reward_pool_are_ended():

@@ -1,5 +1,6 @@
 """What the in-process engine adds to the contract of all engines."""
 
+import asyncio
 import json
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from arealite.errors import ConfigError, DataError, ServerError, TrajectoryError
 from arealite.inference import hf
 from arealite.inference.hf import HFEngine, sample
 from arealite.testing import make_tiny_model
-from arealite.types import ModelResponse, SamplingParams
+from arealite.types import ModelRequest, ModelResponse, SamplingParams
 from tests.inference.conformance import start, wait_until_sampling
 from tests.inference.parity import (
     Reference,
@@ -113,6 +114,15 @@ def test_a_cancelled_request_makes_room_for_the_next(folder: str):
         first, second = start(engine, make_prompts(2), max_new_tokens=480)
         assert first.cancel()
         assert second.result(60).token_ids
+
+
+def test_an_answer_gives_its_room_back_before_it_arrives(folder: str):
+    async def rooms(engine: HFEngine) -> list[int]:
+        request = ModelRequest(token_ids=[5] * 9, sampling=SamplingParams(max_new_tokens=1))
+        return [engine.room for _ in range(100) if await engine.agenerate(request)]
+
+    with HFEngine(folder, max_running=3) as engine:
+        assert set(asyncio.run(rooms(engine))) == {3}
 
 
 def test_closing_ends_running_and_waiting_requests_with_an_error(folder: str):
