@@ -49,5 +49,9 @@ class RankError(ArealiteError, RuntimeError):
     """The processes of a run cannot find each other."""
 
 
+class LossError(ArealiteError, ValueError):
+    """A loss function does not give the same gradient for every way to cut a batch."""
+
+
 class CheckpointError(ArealiteError, RuntimeError):
     """A checkpoint could not be written, or is not complete and intact."""

@@ -15,7 +15,12 @@ PACKAGE = Path(arealite.__file__).parent
 
 IMPORTS_VLLM_AT_THE_TOP = ("arealite.inference.vllm_plugin", "arealite.inference.vllm_worker")
 """Both live in vLLM's own processes only."""
-USES_TORCH_DISTRIBUTED = ("arealite.dist", "arealite.training", "arealite.checkpoint")
+USES_TORCH_DISTRIBUTED = (
+    "arealite.dist",
+    "arealite.training",
+    "arealite.checkpoint",
+    "arealite.check_loss.ranks",
+)
 """Everybody else meets the other ranks through `arealite.dist`."""
 
 IMPORT_ALL = """

@@ -57,8 +57,9 @@ class FSDPConfig:
     """A gradient with a larger norm, over all weights of all ranks, is scaled down to this."""
     micro_batch_tokens: int = 8192
     """Tokens in one forward pass of one rank; lower it when memory runs out, results stay."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the computation; weights and optimizer are float32. auto: bfloat16 on CUDA only."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "auto"
+    """Of the computation; weights and optimizer are float32. auto: bfloat16 on CUDA only. float64
+    is for comparisons, and of weights and optimizer too."""
     activation_checkpointing: bool = False
     """Recompute each block in the backward pass: less memory, about a third more time."""
     reshard_after_forward: bool = True
@@ -71,7 +72,7 @@ class FSDPConfig:
     def __post_init__(self) -> None:
         for name, allowed in {
             "schedule": ("constant", "linear", "cosine"),
-            "dtype": ("auto", "float32", "bfloat16"),
+            "dtype": ("auto", "float32", "bfloat16", "float64"),
         }.items():
             if getattr(self, name) not in allowed:
                 raise ConfigError(f"train.{name}={getattr(self, name)!r} is none of {allowed}.")
@@ -124,9 +125,9 @@ class FSDPEngine:
 
     @torch.no_grad()
     def logprobs(self, minibatch: list[MicroBatch]) -> list[torch.Tensor]:
-        """Per micro-batch, the log-prob [T] of each token at its temperature, float32 on the CPU.
+        """Per micro-batch, the log-prob [T] of each token at its temperature, on the CPU.
 
-        0 for the first token of each sequence.
+        float32 (or float64, if that is cfg.dtype); 0 for the first token of each sequence.
         """
         logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
         self._reshard()
@@ -262,12 +263,13 @@ def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPMo
         policy.train()
     is_offloaded = cfg.cpu_offload and device.type == "cuda"
     mesh = init_device_mesh(device.type, (dist.world_size(),))
+    master = torch.float64 if cfg.dtype == "float64" else torch.float32
     precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if is_half else None, reduce_dtype=torch.float32
+        param_dtype=torch.bfloat16 if is_half else None, reduce_dtype=master
     )
     offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
     for block in blocks(policy.model):
-        _to_float32(block)
+        _cast(block, master)
         fully_shard(
             block,
             mesh=mesh,
@@ -275,7 +277,7 @@ def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPMo
             offload_policy=offload,
             reshard_after_forward=cfg.reshard_after_forward,
         )
-    _to_float32(policy)
+    _cast(policy, master)
     root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
     register_fsdp_forward_method(policy, "hidden_and_reference")
     # A sum, not FSDP's mean: loss_weight is already divided by the count of all ranks.
@@ -290,11 +292,11 @@ def _sharded(root: FSDPModule) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-def _to_float32(module: torch.nn.Module) -> None:
+def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
     # Block by block, just before it is sharded: only one block is whole in float32 at a time.
     for parameter in module.parameters():
         if parameter.is_floating_point() and not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.to(dtype)
 
 
 def _local(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -17,11 +17,13 @@ def packed_logprobs(
     token_ids: torch.Tensor,
     temperature: torch.Tensor,
     is_first: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Log-prob of each token given its predecessors, and the entropy it was drawn from; both [T].
 
-    float32; 0 for the first token of each sequence, which nothing precedes. Only the log-probs
-    have a gradient, to `hidden` and `head`.
+    0 for the first token of each sequence, which nothing precedes. Only the log-probs have a
+    gradient, to `hidden` and `head`.
 
     Args:
         hidden: [T, H] last hidden states.
@@ -30,10 +32,11 @@ def packed_logprobs(
         temperature: [T] the logits of token t are divided by temperature[t]; 0 (greedy) counts
             as 1, since the distribution it stands for has no log-probs.
         is_first: [T] bool, True for the first token of each sequence.
+        dtype: of all from the logits on, and of what comes back.
     """
     # Hidden state t - 1 predicts token t. Row 0 stands in for its missing predecessor.
     before = torch.cat([hidden[:1], hidden[:-1]])
-    temperature = torch.where(temperature == 0, 1.0, temperature).float()
+    temperature = torch.where(temperature == 0, 1.0, temperature).to(dtype)
     logprobs, entropy = TokenLogprobs.apply(before, head, token_ids, temperature)
     return logprobs.masked_fill(is_first, 0.0), entropy.masked_fill(is_first, 0.0)
 
@@ -49,8 +52,8 @@ class TokenLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         temperature: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Log-probs and entropies, both [T] float32."""
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+        """Log-probs and entropies, both [T], in the precision of `temperature`."""
+        logprobs = torch.empty_like(temperature)
         normalizer, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
         for rows in _chunks(len(targets), len(head)):
             logits = _logits(hidden[rows], head, temperature[rows])
@@ -74,7 +77,7 @@ class TokenLogprobs(torch.autograd.Function):
         """Gradients of hidden and head; tokens with no upstream gradient cost nothing."""
         hidden, head, targets, temperature, normalizer = ctx.saved_tensors  # type: ignore[attr-defined]
         grad_hidden = torch.zeros_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=torch.float32)
+        grad_head = torch.zeros_like(head, dtype=temperature.dtype)
         used = upstream.nonzero()[:, 0]
         for chunk in _chunks(len(used), len(head)):
             rows = used[chunk]
@@ -90,8 +93,8 @@ class TokenLogprobs(torch.autograd.Function):
 
 
 def _logits(hidden: torch.Tensor, head: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Logits [chunk, V] in float32, made in the head's precision as the server makes them."""
-    return (hidden @ head.T).float().div_(temperature[:, None])
+    """Logits [chunk, V], made in the head's precision as the server makes them, then widened."""
+    return (hidden @ head.T).to(temperature.dtype).div_(temperature[:, None])
 
 
 def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:

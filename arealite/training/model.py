@@ -56,7 +56,7 @@ def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 class PolicyModel(torch.nn.Module):
-    """Micro-batch in, log-probs and entropies out; both [T] float32."""
+    """Micro-batch in, log-probs and entropies out; both [T] float32, or float64 if the model is."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -76,7 +76,12 @@ class PolicyModel(torch.nn.Module):
             return logprobs[:0].clone(), entropy[:0]
         hidden, layout = self._hidden(mb)
         return packed_logprobs(
-            hidden, self._head(), mb.token_ids, mb.temperature, layout.position_ids == 0
+            hidden,
+            self._head(),
+            mb.token_ids,
+            mb.temperature,
+            layout.position_ids == 0,
+            dtype=_wide(hidden.dtype),
         )
 
     def hidden_and_reference(self, mb: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -85,7 +90,7 @@ class PolicyModel(torch.nn.Module):
         For `check_model`; temperature is not applied.
         """
         hidden, layout = self._hidden(mb)
-        logits = self.model(**_inputs(mb, layout)).logits[0].float()
+        logits = self.model(**_inputs(mb, layout)).logits[0].to(_wide(hidden.dtype))
         before = torch.cat([logits[:1], logits[:-1]]).log_softmax(-1)
         logprobs = before.gather(1, mb.token_ids[:, None])[:, 0]
         return hidden, logprobs.masked_fill(layout.position_ids == 0, 0.0)
@@ -103,6 +108,11 @@ class PolicyModel(torch.nn.Module):
                 "Train a model without it, such as Qwen2, Qwen3 or Llama."
             )
         return head.weight
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What a model of this precision computes log-probs in: float32 or more."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _inputs(mb: MicroBatch, layout: attention.PackedLayout) -> dict[str, Any]:
@@ -137,7 +147,7 @@ def check_model(policy: PolicyModel, device: torch.device) -> None:
         logprobs, _ = policy(_canary(first, second, device))
     name = type(policy.model).__name__
     # In half precision two ways to make the same logits differ by a rounding, 0.25 at 32.
-    is_half = hidden.dtype != torch.float32
+    is_half = hidden.dtype not in (torch.float32, torch.float64)
     close, equal = (0.3, 0.05) if is_half else (1e-3, 1e-3)
     if not torch.allclose(hidden[6:], changed[6:], rtol=equal, atol=equal):
         raise ConfigError(

@@ -188,12 +188,7 @@ def _cut(
 ) -> list[MicroBatch]:
     """This rank's micro-batches of one minibatch."""
     weights = _token_weights(sequences, aggregation, max_length)
-    ranks = balance([len(s) + QUADRATIC * len(s) ** 2 for s in sequences], dist.world_size())
-    plans = [best_fit([len(sequences[i]) for i in rank], max_tokens) for rank in ranks]
-    mine = ranks[dist.rank()]
-    # In the order of arrival within a micro-batch: equal input gives equal tensors.
-    bins = [sorted(mine[i] for i in chosen) for chosen in plans[dist.rank()]]
-    bins += [[] for _ in range(max(len(plan) for plan in plans) - len(bins))]
+    bins = deal([len(s) for s in sequences], max_tokens, dist.world_size())[dist.rank()]
     return [_micro_batch([(sequences[i], weights[i]) for i in chosen]) for chosen in bins]
 
 
@@ -209,6 +204,18 @@ def _token_weights(
     if aggregation == "sequence":
         return [1.0 / (num_sequences * max(1, count)) for count in counts]
     return [1.0 / (num_sequences * max_length)] * len(counts)
+
+
+def deal(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
+    """Per rank, its micro-batches, each the indices of its sequences; equally many on all ranks."""
+    ranks = balance([length + QUADRATIC * length**2 for length in lengths], num_ranks)
+    plans = []
+    for mine in ranks:
+        bins = best_fit([lengths[i] for i in mine], max_tokens)
+        # In the order of arrival within a micro-batch: equal input gives equal tensors.
+        plans.append([sorted(mine[i] for i in chosen) for chosen in bins])
+    most = max(len(plan) for plan in plans)
+    return [plan + [[] for _ in range(most - len(plan))] for plan in plans]
 
 
 def balance(work: Sequence[float], num_ranks: int) -> list[list[int]]:

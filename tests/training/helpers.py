@@ -9,12 +9,17 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from arealite import dist
+from arealite.algo.advantages import group_advantages
 from arealite.algo.losses import clipped_surrogate, importance_weight
-from arealite.training.fsdp import FSDPEngine
-from arealite.training.packing import attach
+from arealite.training.fsdp import FSDPConfig, FSDPEngine
+from arealite.training.packing import attach, pack
 from arealite.types import LossOutput, MicroBatch, StepStats, Trajectory
 
 VOCABULARY = 320  # of make_tiny_model
+
+# An lr large enough to see, a gradient that is never clipped.
+CFG = FSDPConfig(lr=1e-2, max_grad_norm=1e9)
 
 
 def make_trajectory(
@@ -59,6 +64,19 @@ def make_groups(num_groups: int = 4, group_size: int = 3) -> list[list[Trajector
         ]
         for row in range(num_groups)
     ]
+
+
+def minibatch_of(num_groups: int = 4, max_tokens: int = 10_000) -> list[MicroBatch]:
+    """This rank's micro-batches of these groups, which all ranks share."""
+    groups = dist.shard(make_groups(num_groups))
+    [minibatch] = pack(
+        groups,
+        group_advantages(groups),
+        num_minibatches=1,
+        max_tokens=max_tokens,
+        aggregation="token",
+    )
+    return minibatch
 
 
 def ppo_loss(logprobs: torch.Tensor, mb: MicroBatch) -> LossOutput:

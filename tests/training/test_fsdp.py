@@ -1,8 +1,6 @@
 import math
 import os
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +9,15 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite import dist
-from arealite.algo.advantages import group_advantages
 from arealite.errors import CheckpointError, ConfigError
 from arealite.testing import make_tiny_model
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import pack
 from arealite.types import LossOutput, MicroBatch
 from tests.training.helpers import (
+    CFG,
     make_groups,
+    minibatch_of,
     plain_logprobs,
     plain_model,
     ppo_loss,
@@ -27,21 +26,6 @@ from tests.training.helpers import (
     step_gradient,
     train_step,
 )
-
-# As in two_ranks.py: an lr large enough to see, a gradient that is never clipped.
-CFG = FSDPConfig(lr=1e-2, max_grad_norm=1e9)
-
-
-def minibatch_of(num_groups: int = 4, max_tokens: int = 10_000) -> list[MicroBatch]:
-    groups = make_groups(num_groups)
-    [minibatch] = pack(
-        groups,
-        group_advantages(groups),
-        num_minibatches=1,
-        max_tokens=max_tokens,
-        aggregation="token",
-    )
-    return minibatch
 
 
 def weights_of(engine: FSDPEngine) -> dict[str, torch.Tensor]:
@@ -436,32 +420,6 @@ def test_an_exported_folder_can_be_trained_again_from_the_same_weights(
 
 
 # ---- two ranks
-
-
-@pytest.fixture(scope="module")
-def two_ranks(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
-    """Results of tests/training/two_ranks.py by name."""
-    out = tmp_path_factory.mktemp("two_ranks")
-    engine = FSDPEngine(model_path, CFG)
-    train_step(engine, minibatch_of())
-    engine.save(out / "one_rank_checkpoint")
-    command = [
-        *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"),
-        *("-m", "tests.training.two_ranks"),
-        *(model_path, str(out / "one_rank_checkpoint"), str(out)),
-    ]
-    run = subprocess.run(
-        command,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert run.returncode == 0, run.stderr[-4000:]
-    results = torch.load(out / "results.pt", weights_only=False)
-    results["out"] = out
-    return results.__getitem__
 
 
 def test_two_ranks_compute_the_log_probs_of_one(two_ranks: Any, engine: FSDPEngine):

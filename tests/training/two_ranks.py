@@ -1,31 +1,26 @@
-"""What two ranks compute, for the tests in test_fsdp.py: one start of torchrun serves them all.
+"""What two ranks compute, for the tests of this folder: one start of torchrun serves them all.
 
 torchrun --nproc-per-node 2 -m tests.training.two_ranks MODEL ONE_RANK_CHECKPOINT OUT
 """
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from arealite import dist
-from arealite.algo.advantages import group_advantages
-from arealite.training.fsdp import FSDPConfig, FSDPEngine
+from arealite.training.fsdp import FSDPEngine
 from arealite.training.packing import pack
-from arealite.types import MicroBatch
-from tests.training.helpers import make_groups, sequences, step_gradient, train_step
-
-
-def my_minibatch(num_groups: int, max_tokens: int) -> list[MicroBatch]:
-    groups = dist.shard(make_groups(num_groups))
-    [minibatch] = pack(
-        groups,
-        group_advantages(groups),
-        num_minibatches=1,
-        max_tokens=max_tokens,
-        aggregation="token",
-    )
-    return minibatch
+from arealite.types import MicroBatch, StepStats
+from tests.training.helpers import (
+    CFG,
+    make_groups,
+    minibatch_of,
+    sequences,
+    step_gradient,
+    train_step,
+)
 
 
 def one_trajectory() -> list[MicroBatch]:
@@ -37,11 +32,21 @@ def one_trajectory() -> list[MicroBatch]:
     return minibatch
 
 
+def cuts(model: str) -> dict[tuple[str, int], tuple[dict[str, torch.Tensor], StepStats]]:
+    """Gradient and stats by precision and tokens per micro-batch."""
+    return {
+        (dtype, max_tokens): step_gradient(
+            FSDPEngine(model, replace(CFG, dtype=dtype)), minibatch_of(max_tokens=max_tokens)
+        )
+        for dtype in ("float64", "float32")
+        for max_tokens in (10_000, 64, 40)
+    }
+
+
 def main(model: str, checkpoint: str, out: Path) -> None:
     dist.init()
-    cfg = FSDPConfig(lr=1e-2, max_grad_norm=1e9)
-    engine = FSDPEngine(model, cfg)
-    minibatch = my_minibatch(num_groups=4, max_tokens=64)
+    engine = FSDPEngine(model, CFG)
+    minibatch = minibatch_of(max_tokens=64)
     logprobs = dict(
         pair
         for mb, values in zip(minibatch, engine.logprobs(minibatch), strict=True)
@@ -53,9 +58,9 @@ def main(model: str, checkpoint: str, out: Path) -> None:
     weights = dict(engine.named_weights())
     engine.save_pretrained(out / "exported")
 
-    lonely_gradient, lonely_stats = step_gradient(FSDPEngine(model, cfg), one_trajectory())
+    lonely_gradient, lonely_stats = step_gradient(FSDPEngine(model, CFG), one_trajectory())
 
-    resumed = FSDPEngine(model, cfg)
+    resumed = FSDPEngine(model, CFG)
     resumed.load(Path(checkpoint))
     resumed_stats = train_step(resumed, minibatch)
     results = {
@@ -69,6 +74,7 @@ def main(model: str, checkpoint: str, out: Path) -> None:
         "lonely_stats": lonely_stats,
         "resumed_weights": dict(resumed.named_weights()),
         "resumed_stats": resumed_stats,
+        "cuts": cuts(model),
     }
     if dist.rank() == 0:
         torch.save(results, out / "results.pt")
