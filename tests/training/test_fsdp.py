@@ -15,6 +15,7 @@ from arealite.algo.advantages import group_advantages
 from arealite.errors import CheckpointError, ConfigError
 from arealite.testing import make_tiny_model
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
+from arealite.training.model import blocks
 from arealite.training.packing import pack
 from arealite.types import LossOutput, MicroBatch
 from tests.training.helpers import (
@@ -197,6 +198,16 @@ def test_memory_options_do_not_change_the_gradient(
     cfg = FSDPConfig(max_grad_norm=1e9, **options)  # type: ignore[arg-type]
     gradient, _ = step_gradient(FSDPEngine(model_path, cfg), minibatch_of(max_tokens=64))
     assert relative_difference(gradient, reference[0]) < 2e-6
+
+
+def test_activation_checkpointing_runs_each_block_once_more(model_path: str):
+    engine = FSDPEngine(model_path, FSDPConfig(activation_checkpointing=True))
+    forwards: list[torch.nn.Module] = []
+    for block in blocks(engine._policy.model):
+        block.register_forward_hook(lambda module, *_: forwards.append(module))
+    train_step(engine, minibatch_of())
+    # Two blocks: in logprobs(), in step(), and again in its backward.
+    assert len(forwards) == 3 * 2 * len(minibatch_of())
 
 
 def test_bfloat16_computes_roughly_the_same_and_keeps_weights_in_float32(model_path: str):
