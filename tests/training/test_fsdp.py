@@ -15,7 +15,6 @@ from arealite.algo.advantages import group_advantages
 from arealite.errors import CheckpointError, ConfigError
 from arealite.testing import make_tiny_model
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
-from arealite.training.model import blocks
 from arealite.training.packing import pack
 from arealite.types import LossOutput, MicroBatch
 from tests.training.helpers import (
@@ -203,8 +202,9 @@ def test_memory_options_do_not_change_the_gradient(
 def test_activation_checkpointing_runs_each_block_once_more(model_path: str):
     engine = FSDPEngine(model_path, FSDPConfig(activation_checkpointing=True))
     forwards: list[torch.nn.Module] = []
-    for block in blocks(engine._policy.model):
-        block.register_forward_hook(lambda module, *_: forwards.append(module))
+    for block in engine._policy.model.base_model.layers:
+        # Before, not after: recomputation ends as soon as it has what the backward needs.
+        block.register_forward_pre_hook(lambda module, _: forwards.append(module))
     train_step(engine, minibatch_of())
     # Two blocks: in logprobs(), in step(), and again in its backward.
     assert len(forwards) == 3 * 2 * len(minibatch_of())

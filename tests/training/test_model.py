@@ -62,7 +62,8 @@ def packed(lengths: list[int]) -> MicroBatch:
     num_tokens = sum(lengths)
     zeros = torch.zeros(num_tokens)
     return MicroBatch(
-        token_ids=torch.randint(VOCABULARY, (num_tokens,), generator=generator),
+        # Not 0: some families make its embedding 0, and a norm of it has a huge gradient.
+        token_ids=torch.randint(1, VOCABULARY, (num_tokens,), generator=generator),
         cu_seqlens=torch.tensor([0, *lengths]).cumsum(0).int(),
         loss_mask=zeros.bool(),
         behavior_logprobs=zeros,
@@ -143,11 +144,11 @@ def test_packed_log_probs_and_all_gradients_equal_those_of_one_sequence_at_a_tim
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
         gradient = all_gradients(policy.model, found, embedded)
         wanted = all_gradients(reference, expected, alone)
-    for name in wanted:
+    assert gradient.keys() == wanted.keys()
+    for name, tensor in wanted.items():
         # The key's bias shifts all scores of a query alike, so its gradient is rounding alone.
         if not name.endswith("k_proj.bias"):
-            torch.testing.assert_close(gradient[name], wanted[name], rtol=1e-4, atol=1e-5)
-    assert relative_difference(gradient, wanted) < 1e-5
+            assert (gradient[name] - tensor).norm() <= 1e-5 * tensor.norm(), name
 
 
 def test_changing_one_sequence_changes_only_its_own_log_probs_and_gradients(
