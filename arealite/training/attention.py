@@ -16,6 +16,11 @@ from arealite.errors import ConfigError
 
 ATTENTION = "arealite_varlen"
 
+# What models hand to every attention and what changes nothing here: dropout is left out on purpose,
+# since two forwards of one policy must agree; positions are in query and key already.
+# `check_model` finds a model that is not causal.
+HARMLESS = {"dropout", "is_causal", "logits_to_keep", "position_ids"}
+
 # A bucket may hold this many times its own tokens. One SDPA call costs about as much as 100
 # tokens of it on a CPU core, so padding a little is cheaper than one call per length.
 PADDING = 1.1
@@ -85,22 +90,28 @@ def packed_attention(
 
     Args:
         query: [1, H, T, D]; key and value may have fewer heads.
+        attention_mask: None. One that is there was not asked of `_no_mask`: the model made it.
         layout: handed through by the model's forward. Without it the input is one sequence.
-        others: what other implementations understand; dropout is left out on purpose, since two
-            forwards of one policy must agree.
+        others: what other implementations understand. Raises ConfigError, with the name, for what
+            would change the result, such as `softcap`, `s_aux` (sinks) or `block_indices`.
     """
-    for name in ("softcap", "s_aux", "position_bias"):
-        if others.get(name) is not None:
-            raise ConfigError(
-                f"{type(module).__name__} uses attention with `{name}`, which packed attention "
-                "does not have. Train a model without it, such as Qwen2, Qwen3 or Llama."
-            )
+    asked = {"attention_mask": attention_mask, **others}
+    unknown = [f"`{x}`" for x, value in asked.items() if not (x in HARMLESS or _is_off(value))]
+    if unknown:
+        raise ConfigError(
+            f"{type(module).__name__} uses attention with {', '.join(unknown)}, which packed "
+            "attention does not have. Train a model without it, such as Qwen2, Qwen3 or Llama."
+        )
     if layout is None:
         layout = packed_layout(torch.tensor([0, query.shape[2]]), query.device)
     query, key, value = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
     is_flash = query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     attend = _varlen if is_flash else _bucketed
     return attend(query, key, value, layout, scaling, sliding_window).unsqueeze(0), None
+
+
+def _is_off(value: object) -> bool:
+    return value is None or value is False
 
 
 def _varlen(

@@ -24,11 +24,13 @@ from torch.distributed.fsdp import (
     register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arealite import dist
 from arealite.errors import ConfigError
 from arealite.training import export
-from arealite.training.model import PolicyModel, blocks, check_model, load_model, on_device
+from arealite.training.canary import check_model
+from arealite.training.model import PolicyModel, blocks, load_model, on_device
 from arealite.training.optimizer import lr_at, make_optimizer
 from arealite.types import LossFn, MicroBatch, StepStats
 
@@ -260,7 +262,10 @@ def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPMo
     is_half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
     if cfg.activation_checkpointing:
         policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        policy.train()
+        for module in policy.modules():
+            # Not train(): what is inside of the blocks would draw random numbers.
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True
     is_offloaded = cfg.cpu_offload and device.type == "cuda"
     mesh = init_device_mesh(device.type, (dist.world_size(),))
     master = torch.float64 if cfg.dtype == "float64" else torch.float32
@@ -279,7 +284,8 @@ def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPMo
         )
     _cast(policy, master)
     root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    register_fsdp_forward_method(policy, "hidden_and_reference")
+    for name in ("hidden", "alone"):
+        register_fsdp_forward_method(policy, name)
     # A sum, not FSDP's mean: loss_weight is already divided by the count of all ranks.
     for module in _sharded(root):
         module.set_gradient_divide_factor(1.0)

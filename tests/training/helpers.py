@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from arealite import dist
 from arealite.algo.advantages import group_advantages
@@ -20,6 +20,25 @@ VOCABULARY = 320  # of make_tiny_model
 
 # An lr large enough to see, a gradient that is never clipped.
 CFG = FSDPConfig(lr=1e-2, max_grad_norm=1e9)
+
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "initializer_range": 0.05,
+}
+"""Of a tiny model of any family that has these settings."""
+
+
+def save_random_model(config: PreTrainedConfig, folder: Path) -> str:
+    """The folder, with random weights for the config in it."""
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    return str(folder)
 
 
 def make_trajectory(

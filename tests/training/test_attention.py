@@ -77,9 +77,20 @@ def test_a_nan_in_one_sequence_stays_in_its_own_attention():
         assert tensor.grad[:, :, 4:].isfinite().all()
 
 
-def test_attention_with_a_feature_that_is_not_there_is_refused_by_name():
-    with pytest.raises(ConfigError, match="s_aux"):
-        packed_attention(torch.nn.Module(), *random_inputs(3), None, s_aux=torch.zeros(4))
+@pytest.mark.parametrize(
+    ("mask", "option"),
+    [
+        (None, {"s_aux": torch.zeros(4)}),
+        (None, {"softcap": 50.0}),
+        (None, {"block_indices": torch.zeros(3)}),
+        (torch.zeros(1, 1, 3, 3), {}),
+    ],
+)
+def test_attention_with_a_feature_that_is_not_there_is_refused_by_name(
+    mask: torch.Tensor | None, option: dict[str, torch.Tensor | float]
+):
+    with pytest.raises(ConfigError, match=next(iter(option), "attention_mask")):
+        packed_attention(torch.nn.Module(), *random_inputs(3), mask, **option)  # type: ignore[arg-type]
 
 
 @pytest.mark.gpu

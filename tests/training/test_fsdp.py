@@ -183,6 +183,17 @@ def test_memory_options_do_not_change_the_gradient(
     assert relative_difference(gradient, reference[0]) < 2e-6
 
 
+def test_activation_checkpointing_runs_each_block_once_more(model_path: str):
+    engine = FSDPEngine(model_path, FSDPConfig(activation_checkpointing=True))
+    forwards: list[torch.nn.Module] = []
+    for block in engine._policy.model.base_model.layers:
+        # Before, not after: recomputation ends as soon as it has what the backward needs.
+        block.register_forward_pre_hook(lambda module, _: forwards.append(module))
+    train_step(engine, minibatch_of())
+    # Two blocks: in logprobs(), in step(), and again in its backward.
+    assert len(forwards) == 3 * 2 * len(minibatch_of())
+
+
 def test_bfloat16_computes_roughly_the_same_and_keeps_weights_in_float32(model_path: str):
     def smooth(logprobs: torch.Tensor, mb: MicroBatch) -> LossOutput:
         # No cap and no clip: a token that rounding moves over one changes the gradient a lot.
