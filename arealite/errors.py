@@ -49,6 +49,10 @@ class RankError(ArealiteError, RuntimeError):
     """The processes of a run cannot find each other."""
 
 
+class GateError(ArealiteError, RuntimeError):
+    """Server and trainer disagree about log-probs; the message names the cause if it is known."""
+
+
 class LossError(ArealiteError, ValueError):
     """A loss function does not give the same gradient for every way to cut a batch."""
 

@@ -21,7 +21,13 @@ def push_weights(
     Raises:
         ServerError: on every rank, if a server did not take the weights.
     """
-    weights = train_engine.named_weights()
+    push_tensors(train_engine.named_weights(), inference_engine, version=version)
+
+
+def push_tensors(
+    weights: Iterator[tuple[str, torch.Tensor]], inference_engine: InferenceEngine, *, version: int
+) -> None:
+    """The same with tensors that every rank makes, one after the other."""
     failure = _push(weights, inference_engine, version) if dist.rank() == 0 else ""
     # Every tensor is gathered by all ranks together: no rank may leave early.
     for _ in weights:

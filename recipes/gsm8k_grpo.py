@@ -18,12 +18,12 @@ import torch
 from arealite import dist
 from arealite.algo.advantages import group_advantages
 from arealite.algo.losses import clipped_surrogate, importance_weight
-from arealite.api import InferenceEngine, RolloutWorkflow, TrainEngine
+from arealite.api import InferenceEngine, RolloutWorkflow
 from arealite.checkpoint import RunLock, load_checkpoint, save_checkpoint
 from arealite.config import check_at_least, parse
 from arealite.data import load_rows, load_tokenizer
 from arealite.errors import ArealiteError
-from arealite.gates import fresh_logprob_gap, logprob_gap
+from arealite.gates import GateConfig, LogprobGate
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
 from arealite.observe.metrics import MetricLogger, rollout_metrics, train_metrics
@@ -72,6 +72,7 @@ class Config:
     server: ServerConfig = ServerConfig()
     rollout: RolloutConfig = RolloutConfig(prompts_per_step=16, max_staleness=2)
     train: FSDPConfig = FSDPConfig(lr=5e-5, warmup_steps=10, micro_batch_tokens=8_192)
+    gate: GateConfig = GateConfig()
 
     def __post_init__(self) -> None:
         check_at_least(self, steps=0, group_size=2, minibatches=1, clip_low=0, clip_high=0)
@@ -104,11 +105,7 @@ def grpo_loss(logprobs: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput
 
 
 def evaluate(
-    train_engine: TrainEngine,
-    inference_engine: InferenceEngine,
-    workflow: RolloutWorkflow,
-    rows: list[Row],
-    cfg: Config,
+    inference_engine: InferenceEngine, workflow: RolloutWorkflow, rows: list[Row], gate: LogprobGate
 ) -> dict[str, float]:
     """Mean reward and response length over `rows` of all ranks, whatever the staleness limit.
 
@@ -116,10 +113,7 @@ def evaluate(
     """
     groups = run_episodes(inference_engine, workflow, rows)
     samples = [sample for group in groups for sample in group]
-    gap = fresh_logprob_gap(
-        train_engine, groups, inference_engine.version, max_tokens=cfg.train.micro_batch_tokens
-    )
-    return gap | {
+    return gate.check_fresh(groups) | {
         "eval/reward": dist.mean([sample.reward for sample in samples]),
         "eval/response_length": dist.mean([sample.response_length for sample in samples]),
     }
@@ -142,13 +136,22 @@ def main(cfg: Config) -> None:
         serve(cfg.model, cfg.server, log_dir=cfg.out_dir) as server,
         VLLMEngine(server) as inference_engine,
     ):
+        gate = LogprobGate(
+            train_engine,
+            inference_engine,
+            cfg.model,
+            cfg.gate,
+            max_tokens=cfg.train.micro_batch_tokens,
+            out_dir=cfg.out_dir,
+        )
         rollout_log = RolloutLog(cfg.out_dir, tokenizer)
         start = load_checkpoint(cfg.out_dir, train_engine)  # zeros for a new run
         metrics.resume(start.version)
         rollout_log.resume(start.version)
-        # Before the first rollout, so that a broken weight path fails now and not after one step.
+        # Before the first rollout, so that what cannot work fails now and not after a day.
         push_weights(train_engine, inference_engine, version=start.version)
-        check = partial(evaluate, train_engine, inference_engine, greedy, test_rows, cfg)
+        gate.check_start(explore, train_rows)
+        check = partial(evaluate, inference_engine, greedy, test_rows, gate)
         metrics.log(start.version, check())
 
         with RolloutExecutor(
@@ -172,7 +175,7 @@ def main(cfg: Config) -> None:
                 minibatches = [
                     attach(mbs, proximal_logprobs=train_engine.logprobs(mbs)) for mbs in minibatches
                 ]
-                gap = logprob_gap(minibatches, version)
+                gap = gate.check(minibatches, version)
                 stats = [train_engine.step(mbs, loss_fn) for mbs in minibatches]
                 push_weights(train_engine, inference_engine, version=version + 1)
 

@@ -25,8 +25,12 @@ batch that made it. Names, in the order in which a step meets them:
 | groups/too_old | rows given up as too old to train on, likewise; only with `rollout.order=ready` |
 | lost/response_length | mean over those that had finished, beside `rollout/response_length` |
 | lost/reward | the same, beside `rollout/reward` |
-| gate/logprob_gap_mean | mean abs(server - trainer log-prob) of tokens, from `gates.logprob_gap` |
+| gate/logprob_gap_mean | mean abs(server - trainer log-prob) of tokens of the current weights |
+| gate/logprob_gap_p99 | the same, exceeded by one token in a hundred |
 | gate/logprob_gap_max | the same, largest |
+| gate/logprob_k3 | mean r - 1 - log r of them, r = trainer / server probability: a divergence |
+| gate/effective_sample_size | (sum r)^2 / (n sum r^2) over all n sampled tokens of the batch |
+| gate/time_s | seconds that the checks have taken since the process began |
 | train/loss | mean over the step's optimizer steps, without skipped ones |
 | train/grad_norm | the same, of the gradient norm before clipping |
 | train/lr | learning rate of the last optimizer step |

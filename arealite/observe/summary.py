@@ -45,6 +45,8 @@ def summarize(steps: Steps) -> dict[str, float]:
         summary["staleness_max"] = max(worst)
     if gaps:
         summary["logprob_gap_mean"] = statistics.fmean(gaps)
+    if "total_s" in summary and (spent_s := column(steps, "gate/time_s")):
+        summary["gate_share"] = max(spent_s) / summary["total_s"]
     if skipped := column(steps, "train/skipped"):
         summary["skipped"] = sum(skipped)
     return summary
@@ -84,6 +86,7 @@ def format_summary(summary: dict[str, float], out_dir: Path) -> list[str]:
         "response length in training": _change(summary, "response_length", 1),
         "worst staleness in versions": _text(summary, "staleness_max", "{:.0f}"),
         "|server - trainer| log-prob": _text(summary, "logprob_gap_mean", "{:.5f}"),
+        "time in checks of it": _text(summary, "gate_share", "{:.1%} of the total"),
         "skipped optimizer steps": _text(summary, "skipped", "{:.0f}"),
         "files": ", ".join(sorted(path.name for path in out_dir.glob("[!.]*"))),
         "in": str(out_dir.resolve()),
