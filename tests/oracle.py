@@ -220,6 +220,8 @@ def read_ledger(out_dir: Path) -> Ledger:
 DEADLINE_S = 30.0
 AGAIN_S = 10.0
 """Whatever the first alarm did not end gets another one after so long."""
+NO_WEIGHTS = ("gate.start_prompts=0", "gate.max_logprob_gap=1000")
+"""Settings for a recipe whose server follows a script: its log-probs are of no model."""
 SMALL = RolloutConfig(prompts_per_step=4, max_staleness=1, episode_timeout_s=20, batch_timeout_s=20)
 
 

@@ -30,7 +30,7 @@ import psutil
 from arealite.testing import faults
 from arealite.testing.fault_proxy import FaultProxy
 from arealite.testing.http_server import ScriptedServer
-from tests.oracle import RecipeRun, read_ledger
+from tests.oracle import NO_WEIGHTS, RecipeRun, read_ledger
 
 PROGRESS_WITHIN_S = 240.0
 SETTINGS = [
@@ -261,7 +261,7 @@ def strike_scripted_servers(
         ]
         proxies = [stack.enter_context(FaultProxy(server.address)) for server in servers]
         addresses = ",".join(proxy.address for proxy in proxies)
-        settings = [f"server.addresses=[{addresses}]", "server.patience_s=5"]
+        settings = [f"server.addresses=[{addresses}]", "server.patience_s=5", *NO_WEIGHTS]
         campaign = Campaign(folder / "scripted", settings, figures)
         stack.callback(campaign.kill)
         while figures.kills < wanted:

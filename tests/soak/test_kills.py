@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from arealite.testing.http_server import ScriptedServer
-from tests.oracle import RecipeRun, read_ledger, recipe_runs
+from tests.oracle import NO_WEIGHTS, RecipeRun, read_ledger, recipe_runs
 
 pytestmark = pytest.mark.soak
 
@@ -98,7 +98,8 @@ def test_when_all_attached_servers_are_gone_the_run_ends_with_one_line_and_its_l
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(scripted_math_server()) for _ in range(num_servers)]
         addresses = ",".join(server.address for server in servers)
-        run = start("steps=100000", "eval_every_steps=100000", f"server.addresses=[{addresses}]")
+        attached = f"server.addresses=[{addresses}]"
+        run = start("steps=100000", "eval_every_steps=100000", attached, *NO_WEIGHTS)
         run.wait_until(lambda: run.steps_done() >= 5)
         for server in servers:
             server.die()
