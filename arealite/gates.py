@@ -120,7 +120,7 @@ class LogprobGate:
     def check_fresh(self, groups: list[list[Trajectory]]) -> dict[str, float]:
         """Compare trajectories that were just sampled, such as those of an evaluation.
 
-        The first few of each rank are enough: a forward pass over all would cost more than it shows.
+        The first few of each rank are enough: a forward pass over all costs more than it shows.
         """
         version = self._inference_engine.version
         some = list(itertools.islice(itertools.chain(*groups), MAX_FRESH))
