@@ -294,36 +294,34 @@ def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def _bins_of_lengths(ascending: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """The lengths in each bin: the longest one left, samples of all of them, and the best pair.
+    """The lengths in each bin: a long one, samples of all of them, and the pair that fits best.
 
     Best-fit decreasing spends the short ones on the long ones: what is left in the end is of one
     length, and leaves the same gap in bin after bin. Samples keep what is left as mixed as it was.
     """
     lengths = _Lengths(ascending)
-    count, take = lengths.count, lengths.take
     samples = iter(_evenly_mixed(ascending))
     num_left, tokens_left = len(ascending), int(ascending.sum())
     bins: list[list[int]] = []
     while num_left:
         mean = tokens_left / num_left
-        chosen = [*lengths.longest(max_tokens)]
-        take(chosen[0])
-        room = max_tokens - chosen[0]
+        chosen: list[int] = []
+        room = max_tokens
+        # The factors are tried ones: two or three items at the end are enough to choose from.
+        if lengths.longest > 1.5 * mean or room <= 3 * mean:
+            chosen.append(lengths.take(lengths.longest))
+            room -= chosen[0]
         while room > 3 * mean and (length := next(samples, 0)):
-            if length <= room and count[length]:
-                take(length)
-                chosen.append(length)
+            if length <= room and lengths.count[length]:
+                chosen.append(lengths.take(length))
                 room -= length
-        while room:
-            # Beside one long item and with room for hardly two, a pair is of short ones, which
-            # other bins need more.
+        while room and num_left > len(chosen):
+            # Beside one long item, a pair would be of short ones, which other bins need more.
             is_tight = len(chosen) == 1 and room < 2 * mean
-            fitting = lengths.longest(room) if is_tight else lengths.best(room)
+            fitting = lengths.longest_in(room) if is_tight else lengths.best_in(room)
             if not fitting:
                 break
-            for length in fitting:
-                take(length)
-            chosen += fitting
+            chosen += map(lengths.take, fitting)
             room -= sum(fitting)
         bins.append(chosen)
         num_left -= len(chosen)
@@ -349,19 +347,25 @@ class _Lengths:
         self._bits = _as_integer(is_there)
         self._mirrored = _as_integer(is_there[::-1])  # bit top - L stands for length L
 
-    def take(self, length: int) -> None:
-        """One less of this length."""
+    @property
+    def longest(self) -> int:
+        """The greatest length."""
+        return self._bits.bit_length() - 1
+
+    def take(self, length: int) -> int:
+        """The same length, of which there then is one less."""
         left = self.count[length] = self.count[length] - 1
         if not left:
             self._bits ^= 1 << length
             self._mirrored ^= 1 << (self._top - length)
+        return length
 
-    def longest(self, room: int) -> tuple[int, ...]:
+    def longest_in(self, room: int) -> tuple[int, ...]:
         """The greatest length that fits, if any does."""
         fitting = self._bits & ((2 << room) - 1) if room < self._top else self._bits
         return (fitting.bit_length() - 1,) if fitting else ()
 
-    def best(self, room: int) -> tuple[int, ...]:
+    def best_in(self, room: int) -> tuple[int, ...]:
         """The length or two that fill the room, of pairs the least equal one; else the longest."""
         if self.count.get(room):
             return (room,)
@@ -373,7 +377,7 @@ class _Lengths:
             longer = pairs.bit_length() - 1
             if pairs and (2 * longer != total or self.count[longer] > 1):
                 return longer, total - longer
-        return self.longest(room)
+        return self.longest_in(room)
 
 
 def _as_integer(bits: np.ndarray) -> int:
