@@ -72,6 +72,7 @@ def pack(
             f"{len(sequences)} trajectories cannot make num_minibatches={num_minibatches}. "
             "Set it between 1 and the number of trajectories of a step."
         )
+    _check_fits([len(sequence) for sequence in sequences], max_tokens)
     bounds = [i * len(sequences) // num_minibatches for i in range(num_minibatches + 1)]
     minibatches = [sequences[start:end] for start, end in pairwise(bounds)]
     return [_cut(part, max_tokens, aggregation, max_length or 1) for part in minibatches]
@@ -143,6 +144,16 @@ def _gather(
             raise TrajectoryError(f"{found} (rank {rank})")
     # By row, so that minibatches do not depend on which rank owned a row; sorted() is stable.
     return sorted((s for _, part in parts for s in part), key=lambda s: s.row_index)
+
+
+def _check_fits(lengths: Sequence[int], max_tokens: int) -> None:
+    longest = max(lengths, default=0)
+    if longest > max_tokens:
+        raise ConfigError(
+            f"A trajectory has {longest} tokens, but a micro-batch holds at most "
+            f"{max_tokens}. Set train.micro_batch_tokens to {longest} or more, or lower "
+            "sampling.max_new_tokens."
+        )
 
 
 def _to_sequence(trajectory: Trajectory, advantage: float | Sequence[float]) -> _Sequence:
@@ -275,13 +286,7 @@ def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
     Lengths are positive; raises ConfigError if one is above max_tokens.
     """
-    longest = max(lengths, default=0)
-    if longest > max_tokens:
-        raise ConfigError(
-            f"A trajectory has {longest} tokens, but a micro-batch holds at most "
-            f"{max_tokens}. Set train.micro_batch_tokens to {longest} or more, or lower "
-            "sampling.max_new_tokens."
-        )
+    _check_fits(lengths, max_tokens)
     array = np.array(lengths, dtype=np.int64)
     by_length = np.argsort(array, kind="stable")
     bins = _bins_of_lengths(array[by_length], max_tokens)

@@ -347,9 +347,9 @@ def test_a_plan_balances_tokens_of_one_long_sequence_and_eight_short_ones():
 def test_a_sequence_longer_than_the_cap_is_refused_with_both_numbers():
     with pytest.raises(ConfigError, match=r"30 tokens.*at most 20.*micro_batch_tokens to 30"):
         pack(
-            [[make_trajectory(10, 20)]],
-            [[1.0]],
-            num_minibatches=1,
+            [[make_trajectory(10, 15), make_trajectory(10, 20)]],
+            [[1.0, 1.0]],
+            num_minibatches=2,
             max_tokens=20,
             aggregation="token",
         )
