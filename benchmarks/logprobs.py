@@ -9,7 +9,7 @@ of hidden states and head for a random upstream gradient of each token, in float
 - `naive`: log_softmax of the logits [T, V], then the targets.
 - `gather`: the targets' logits less logsumexp.
 - `checkpoint`: `gather` on chunks of 256 tokens under torch.utils.checkpoint, which makes the
-  logits of a chunk again in the backward pass. Smaller chunks take less memory and more time.
+  logits of a chunk again in the backward pass. Each chunk adds a gradient of the head's size.
 - `ours`: `packed_logprobs`, which also gives the entropy.
 
 Each measurement is a process of its own with one thread, after a warm-up on a few tokens. The four
