@@ -9,7 +9,8 @@ so nothing of the size of the head is added up.
 import torch
 
 # Columns of logits in one tile. Two tiles exist at a time, 1/37 of the logits at V = 151,936. On a
-# CPU a tile should fit into the cache: at 4,096 tokens, twice as wide takes up to two thirds longer.
+# CPU a tile should fit into the cache: at 4,096 tokens, twice as wide takes a third to two thirds
+# longer.
 TILE_WIDTH = 2048
 
 
