@@ -1,14 +1,17 @@
 """Hidden states to token log-probs: the only place that shifts by one.
 
 T packed tokens, H hidden size, V vocabulary. The logits [T, V] never exist at once: they are made
-chunk by chunk over tokens, and again in the backward pass, where each token's upstream gradient
-is known (the head's weight gradient needs it).
+tile by tile over the vocabulary, all tokens at a time, and again in the backward pass, where each
+token's upstream gradient is known. A tile's rows of the head's gradient are final when it is done,
+so nothing of the size of the head is added up.
 """
 
 import torch
 
-# Logits in one chunk: 256 MB in float32, so that the chunk and its gradient fit beside a model.
-CHUNK_ELEMENTS = 2**26
+# Columns of logits in one tile. Two tiles exist at a time, 1/37 of the logits at V = 151,936. On a
+# CPU a tile should fit into the cache: at 4,096 tokens, twice as wide takes a third to two thirds
+# longer.
+TILE_WIDTH = 2048
 
 
 def packed_logprobs(
@@ -42,7 +45,7 @@ def packed_logprobs(
 
 
 class TokenLogprobs(torch.autograd.Function):
-    """log_softmax(hidden @ head.T / temperature) at the targets, chunked and recomputed."""
+    """log_softmax(hidden @ head.T / temperature) at the targets, tiled and recomputed."""
 
     @staticmethod
     def forward(
@@ -53,50 +56,74 @@ class TokenLogprobs(torch.autograd.Function):
         temperature: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Log-probs and entropies, both [T], in the precision of `temperature`."""
-        logprobs = torch.empty_like(temperature)
-        normalizer, entropy = torch.empty_like(logprobs), torch.empty_like(logprobs)
-        for rows in _chunks(len(targets), len(head)):
-            logits = _logits(hidden[rows], head, temperature[rows])
-            # One exp for both: it is most of the work beside the matrix product.
-            largest = logits.amax(-1, keepdim=True)
-            powers = (logits - largest).exp_()
-            total = powers.sum(-1)
-            normalizer[rows] = total.log() + largest[:, 0]
-            logprobs[rows] = logits.gather(1, targets[rows, None])[:, 0] - normalizer[rows]
-            # As a batch of dot products, so that no third [chunk, V] is made.
-            mean_logit = torch.einsum("tv,tv->t", powers, logits) / total
-            entropy[rows] = normalizer[rows] - mean_logit
+        # Over the tiles so far: largest logit, sum of exp(logit - largest), the same times logit.
+        largest = torch.full_like(temperature, -torch.inf)
+        total, weighted = torch.zeros_like(temperature), torch.zeros_like(temperature)
+        chosen = torch.zeros_like(temperature)  # the target's logit
+        space, powers_space = _space(hidden, hidden.dtype), _space(hidden, temperature.dtype)
+        for start, part in _tiles(head):
+            logits = _logits(hidden, part, temperature, space)
+            column, is_here = _target_columns(targets, start, len(part))
+            chosen += logits.gather(1, column)[:, 0].where(is_here, 0.0)
+            previous, largest = largest, torch.maximum(largest, logits.amax(-1))
+            # One exp for both sums.
+            powers = torch.sub(logits, largest[:, None], out=powers_space[:, : len(part)]).exp_()
+            shrink = (previous - largest).exp()
+            total = total * shrink + powers.sum(-1)
+            weighted = weighted * shrink + logits.mul_(powers).sum(-1)
+        normalizer = total.log() + largest
+        entropy = normalizer - weighted / total
         ctx.save_for_backward(hidden, head, targets, temperature, normalizer)
         ctx.mark_non_differentiable(entropy)
-        return logprobs, entropy
+        return chosen - normalizer, entropy
 
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: torch.autograd.function.FunctionCtx, upstream: torch.Tensor, _: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
         """Gradients of hidden and head; tokens with no upstream gradient cost nothing."""
-        hidden, head, targets, temperature, normalizer = ctx.saved_tensors  # type: ignore[attr-defined]
-        grad_hidden = torch.zeros_like(hidden)
-        grad_head = torch.zeros_like(head, dtype=temperature.dtype)
+        all_hidden, head, targets, temperature, normalizer = ctx.saved_tensors  # type: ignore[attr-defined]
         used = upstream.nonzero()[:, 0]
-        for chunk in _chunks(len(used), len(head)):
-            rows = used[chunk]
-            logits = _logits(hidden[rows], head, temperature[rows])
-            scale = (upstream[rows] / temperature[rows])[:, None]
+        hidden, targets, temperature = all_hidden[used], targets[used], temperature[used]
+        normalizer, scale = normalizer[used, None], (upstream[used] / temperature)[:, None]
+        grad_hidden = torch.zeros_like(hidden, dtype=temperature.dtype)
+        grad_head = torch.empty_like(head)
+        space = _space(hidden, hidden.dtype)
+        for start, part in _tiles(head):
+            logits = _logits(hidden, part, temperature, space)
+            column, is_here = _target_columns(targets, start, len(part))
             # d logprob / d logits = onehot - softmax.
-            grad = logits.sub_(normalizer[rows, None]).exp_().mul_(-scale)
-            grad.scatter_add_(1, targets[rows, None], scale)
+            grad = logits.sub_(normalizer).exp_().mul_(-scale)
+            grad.scatter_add_(1, column, scale.where(is_here[:, None], 0.0))
             grad = grad.to(head.dtype)
-            grad_hidden[rows] = grad @ head
-            grad_head += grad.T @ hidden[rows]
-        return grad_hidden, grad_head.to(head.dtype), None, None
+            grad_hidden += grad @ part
+            torch.mm(grad.T, hidden, out=grad_head[start : start + len(part)])
+        grad_all_hidden = torch.zeros_like(all_hidden)
+        grad_all_hidden[used] = grad_hidden.to(hidden.dtype)
+        return grad_all_hidden, grad_head, None, None
 
 
-def _logits(hidden: torch.Tensor, head: torch.Tensor, temperature: torch.Tensor) -> torch.Tensor:
-    """Logits [chunk, V], made in the head's precision as the server makes them, then widened."""
-    return (hidden @ head.T).to(temperature.dtype).div_(temperature[:, None])
+def _tiles(head: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """The head's rows in parts of TILE_WIDTH, each with the number of its first row."""
+    return list(zip(range(0, len(head), TILE_WIDTH), head.split(TILE_WIDTH), strict=True))
 
 
-def _chunks(num_tokens: int, vocabulary: int) -> list[slice]:
-    size = max(1, CHUNK_ELEMENTS // vocabulary)
-    return [slice(start, start + size) for start in range(0, num_tokens, size)]
+def _space(hidden: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Memory for one tile, used by all of them: on a CPU new memory costs more than the sums."""
+    return torch.empty(len(hidden), TILE_WIDTH, dtype=dtype, device=hidden.device)
+
+
+def _logits(
+    hidden: torch.Tensor, part: torch.Tensor, temperature: torch.Tensor, space: torch.Tensor
+) -> torch.Tensor:
+    """Logits [T, tile], made in the head's precision as the server makes them, then widened."""
+    logits = torch.mm(hidden, part.T, out=space[:, : len(part)])
+    return logits.to(temperature.dtype).div_(temperature[:, None])
+
+
+def _target_columns(
+    targets: torch.Tensor, start: int, width: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each target's column [T, 1] in the tile, any column if it is elsewhere; is it here [T]?"""
+    columns = targets - start
+    return columns.clamp(0, width - 1)[:, None], (columns >= 0) & (columns < width)

@@ -7,11 +7,10 @@ T packed tokens in a micro-batch, N sequences. Every rank computes the same plan
 gathered list, so no rank has to be told its part.
 """
 
-from bisect import bisect_left, insort
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from heapq import heapify, heapreplace
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -26,6 +25,13 @@ Aggregation = Literal["token", "sequence", "constant"]
 # Work of a sequence of L tokens is L + QUADRATIC * L^2: a layer costs about 12 h^2 per token and
 # L h per token for causal attention; h = 2048 is in the middle of the models trained here.
 QUADRATIC = 1 / (12 * 2048)
+
+# Most work of a rank over the mean, less 1, at which no better balance is looked for; and for how
+# long it is.
+EVEN_ENOUGH, MAX_SWAPS_PER_RANK = 1e-4, 10
+
+# A pair of items is taken into a bin if it leaves fewer tokens free than this.
+PAIR_GAPS = 4
 
 
 def pack(
@@ -61,7 +67,12 @@ def pack(
             "Pass the budget of one response, e.g. max_length=cfg.sampling.max_new_tokens."
         )
     sequences = _gather(groups, advantages)
-    _check_fits(sequences, num_minibatches, max_tokens)
+    if not 1 <= num_minibatches <= len(sequences):
+        raise ConfigError(
+            f"{len(sequences)} trajectories cannot make num_minibatches={num_minibatches}. "
+            "Set it between 1 and the number of trajectories of a step."
+        )
+    _check_fits([len(sequence) for sequence in sequences], max_tokens)
     bounds = [i * len(sequences) // num_minibatches for i in range(num_minibatches + 1)]
     minibatches = [sequences[start:end] for start, end in pairwise(bounds)]
     return [_cut(part, max_tokens, aggregation, max_length or 1) for part in minibatches]
@@ -135,13 +146,8 @@ def _gather(
     return sorted((s for _, part in parts for s in part), key=lambda s: s.row_index)
 
 
-def _check_fits(sequences: list[_Sequence], num_minibatches: int, max_tokens: int) -> None:
-    if not 1 <= num_minibatches <= len(sequences):
-        raise ConfigError(
-            f"{len(sequences)} trajectories cannot make num_minibatches={num_minibatches}. "
-            "Set it between 1 and the number of trajectories of a step."
-        )
-    longest = max(len(sequence) for sequence in sequences)
+def _check_fits(lengths: Sequence[int], max_tokens: int) -> None:
+    longest = max(lengths, default=0)
     if longest > max_tokens:
         raise ConfigError(
             f"A trajectory has {longest} tokens, but a micro-batch holds at most "
@@ -188,8 +194,9 @@ def _cut(
 ) -> list[MicroBatch]:
     """This rank's micro-batches of one minibatch."""
     weights = _token_weights(sequences, aggregation, max_length)
-    bins = deal([len(s) for s in sequences], max_tokens, dist.world_size())[dist.rank()]
-    return [_micro_batch([(sequences[i], weights[i]) for i in chosen]) for chosen in bins]
+    lengths = [len(sequence) for sequence in sequences]
+    mine = deal(lengths, max_tokens, dist.world_size())[dist.rank()]
+    return [_micro_batch([(sequences[i], weights[i]) for i in chosen]) for chosen in mine]
 
 
 def _token_weights(
@@ -207,49 +214,179 @@ def _token_weights(
 
 
 def deal(lengths: Sequence[int], max_tokens: int, num_ranks: int) -> list[list[list[int]]]:
-    """Per rank, its micro-batches, each the indices of its sequences; equally many on all ranks."""
-    ranks = balance([length + QUADRATIC * length**2 for length in lengths], num_ranks)
-    plans = []
-    for mine in ranks:
-        bins = best_fit([lengths[i] for i in mine], max_tokens)
-        # In the order of arrival within a micro-batch: equal input gives equal tensors.
-        plans.append([sorted(mine[i] for i in chosen) for chosen in bins])
-    most = max(len(plan) for plan in plans)
-    return [plan + [[] for _ in range(most - len(plan))] for plan in plans]
+    """Per rank its micro-batches, each the indices of its sequences, in order.
+
+    Ranks get nearly equal work, and equal numbers of micro-batches: the last ones may be empty.
+    """
+    ranks = balance([training_work(length) for length in lengths], num_ranks)
+    plans = [
+        [
+            sorted(rank[i] for i in chosen)
+            for chosen in best_fit([lengths[i] for i in rank], max_tokens)
+        ]
+        for rank in ranks
+    ]
+    longest = max(len(bins) for bins in plans)
+    return [bins + [[] for _ in range(longest - len(bins))] for bins in plans]
+
+
+def training_work(length: int) -> float:
+    """What a sequence of this length costs to train on, one token being about 1."""
+    return length + QUADRATIC * length**2
 
 
 def balance(work: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Per rank, the indices of its items: longest first, each to the rank with the least work.
 
-    Ties go to the lower index and the lower rank.
+    Ties go to the lower index and the lower rank. Then the ranks with the most and the least work
+    swap items as long as it helps, until the most is within EVEN_ENOUGH of the mean.
     """
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
-    load = [(0.0, rank) for rank in range(num_ranks)]
-    heapify(load)
+    heap = [(0.0, rank) for rank in range(num_ranks)]
+    heapify(heap)
     for index in sorted(range(len(work)), key=lambda i: (-work[i], i)):
-        total, rank = load[0]
+        total, rank = heap[0]
         ranks[rank].append(index)
-        heapreplace(load, (total + work[index], rank))
+        heapreplace(heap, (total + work[index], rank))
+    loads = [total for total, _ in sorted(heap, key=lambda item: item[1])]
+    limit = (1 + EVEN_ENOUGH) * sum(loads) / num_ranks
+    for _ in range(MAX_SWAPS_PER_RANK * num_ranks):
+        most, least = loads.index(max(loads)), loads.index(min(loads))
+        if loads[most] <= limit:
+            break
+        swap = _best_swap(ranks[most], ranks[least], work, (loads[most] - loads[least]) / 2)
+        if swap is None:
+            break
+        i, j = swap
+        ranks[most][i], ranks[least][j] = ranks[least][j], ranks[most][i]
+        moved = work[ranks[least][j]] - work[ranks[most][i]]
+        loads[most], loads[least] = loads[most] - moved, loads[least] + moved
     return ranks
 
 
-def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Bins of indices, none above max_tokens: longest first, each into the fullest bin it fits.
+def _best_swap(
+    most: list[int], least: list[int], work: Sequence[float], wanted: float
+) -> tuple[int, int] | None:
+    """Places of the two items whose swap moves nearly the wanted work; None if none helps."""
+    if not least:
+        return None
+    ours = np.array([work[index] for index in most])
+    theirs = np.array([work[index] for index in least])
+    order = np.argsort(theirs, kind="stable")
+    above = np.searchsorted(theirs[order], ours - wanted).clip(max=len(least) - 1)
+    partners = order[np.stack([above, (above - 1).clip(0)])]  # [2, items]: the nearest two of each
+    distance = np.abs(ours - theirs[partners] - wanted)
+    side, place = np.unravel_index(distance.argmin(), distance.shape)
+    helps = distance[side, place] < wanted * (1 - 1e-9)
+    return (int(place), int(partners[side, place])) if helps else None
 
-    Every length must be at most max_tokens.
+
+def best_fit(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Bins of indices, none above max_tokens, in nearly as few bins as there can be.
+
+    Lengths are positive; raises ConfigError if one is above max_tokens.
     """
+    _check_fits(lengths, max_tokens)
+    array = np.array(lengths, dtype=np.int64)
+    by_length = np.argsort(array, kind="stable")
+    bins = _bins_of_lengths(array[by_length], max_tokens)
+    # The n-th item of a length goes where this length is needed for the n-th time.
+    needed = np.argsort(np.array(list(chain.from_iterable(bins)), dtype=np.int64), kind="stable")
+    indices = np.empty_like(by_length)
+    indices[needed] = by_length
+    flat: list[int] = indices.tolist()
+    return [flat[start:end] for start, end in pairwise(accumulate(map(len, bins), initial=0))]
+
+
+def _bins_of_lengths(ascending: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """The lengths in each bin: a long one, samples of all of them, and the pair that fits best.
+
+    Best-fit decreasing spends the short ones on the long ones: what is left in the end is of one
+    length, and leaves the same gap in bin after bin. Samples keep what is left as mixed as it was.
+    """
+    lengths = _Lengths(ascending)
+    samples = iter(_evenly_mixed(ascending))
+    num_left, tokens_left = len(ascending), int(ascending.sum())
     bins: list[list[int]] = []
-    room: list[tuple[int, int]] = []  # (tokens left, bin), sorted
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        place = bisect_left(room, (lengths[index], -1))
-        if place == len(room):
-            bins.append([index])
-            insort(room, (max_tokens - lengths[index], len(bins) - 1))
-        else:
-            left, chosen = room.pop(place)
-            bins[chosen].append(index)
-            insort(room, (left - lengths[index], chosen))
+    while num_left:
+        mean = tokens_left / num_left
+        chosen: list[int] = []
+        room = max_tokens
+        # The factors are tried ones: two or three items at the end are enough to choose from.
+        if lengths.longest > 1.5 * mean or room <= 3 * mean:
+            chosen.append(lengths.take(lengths.longest))
+            room -= chosen[0]
+        while room > 3 * mean and (length := next(samples, 0)):
+            if length <= room and lengths.count[length]:
+                chosen.append(lengths.take(length))
+                room -= length
+        while room and num_left > len(chosen):
+            # Beside one long item, a pair would be of short ones, which other bins need more.
+            is_tight = len(chosen) == 1 and room < 2 * mean
+            fitting = lengths.longest_in(room) if is_tight else lengths.best_in(room)
+            if not fitting:
+                break
+            chosen += map(lengths.take, fitting)
+            room -= sum(fitting)
+        bins.append(chosen)
+        num_left -= len(chosen)
+        tokens_left -= max_tokens - room
     return bins
+
+
+def _evenly_mixed(ascending: np.ndarray) -> list[int]:
+    """The same lengths in an order of which every stretch is a fair sample of all of them."""
+    golden = (5**0.5 - 1) / 2
+    return ascending[np.argsort(np.arange(len(ascending)) * golden % 1, kind="stable")].tolist()
+
+
+class _Lengths:
+    """The lengths in no bin yet. A set of lengths is one integer: bit L stands for length L."""
+
+    def __init__(self, ascending: np.ndarray) -> None:
+        values, counts = np.unique(ascending, return_counts=True)
+        self.count: dict[int, int] = dict(zip(values.tolist(), counts.tolist(), strict=True))
+        self._top = int(values.max(initial=0))
+        is_there = np.zeros(self._top + 1, dtype=np.bool_)
+        is_there[values] = True
+        self._bits = _as_integer(is_there)
+        self._mirrored = _as_integer(is_there[::-1])  # bit top - L stands for length L
+
+    @property
+    def longest(self) -> int:
+        """The greatest length."""
+        return self._bits.bit_length() - 1
+
+    def take(self, length: int) -> int:
+        """The same length, of which there then is one less."""
+        left = self.count[length] = self.count[length] - 1
+        if not left:
+            self._bits ^= 1 << length
+            self._mirrored ^= 1 << (self._top - length)
+        return length
+
+    def longest_in(self, room: int) -> tuple[int, ...]:
+        """The greatest length that fits, if any does."""
+        fitting = self._bits & ((2 << room) - 1) if room < self._top else self._bits
+        return (fitting.bit_length() - 1,) if fitting else ()
+
+    def best_in(self, room: int) -> tuple[int, ...]:
+        """The length or two that fill the room, of pairs the least equal one; else the longest."""
+        if self.count.get(room):
+            return (room,)
+        for total in range(room, room - PAIR_GAPS, -1):
+            # Bit L of the shifted one stands for length total - L.
+            shift = self._top - total
+            partners = self._mirrored >> shift if shift >= 0 else self._mirrored << -shift
+            pairs = self._bits & partners
+            longer = pairs.bit_length() - 1
+            if pairs and (2 * longer != total or self.count[longer] > 1):
+                return longer, total - longer
+        return self.longest_in(room)
+
+
+def _as_integer(bits: np.ndarray) -> int:
+    return int.from_bytes(np.packbits(bits, bitorder="little").tobytes(), "little")
 
 
 def _micro_batch(weighted: list[tuple[_Sequence, float]]) -> MicroBatch:

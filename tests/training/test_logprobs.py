@@ -1,5 +1,7 @@
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from arealite.training import logprobs as module
 from arealite.training.logprobs import packed_logprobs
@@ -34,11 +36,13 @@ def naive(
     return torch.stack(values)
 
 
-@pytest.mark.parametrize("chunk_tokens", [1, 4, 5, 1000])
-def test_values_and_both_gradients_equal_the_naive_ones_for_any_upstream_gradient(
-    chunk_tokens: int, monkeypatch: pytest.MonkeyPatch
-):
-    monkeypatch.setattr(module, "CHUNK_ELEMENTS", chunk_tokens * V)
+@pytest.fixture(params=[1, 4, 10, V, 1000])
+def any_tile_width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "TILE_WIDTH", request.param)
+
+
+@pytest.mark.usefixtures("any_tile_width")
+def test_values_and_both_gradients_equal_the_naive_ones_for_any_upstream_gradient():
     hidden, head, token_ids, temperature = inputs()
     upstream = torch.randn(T)
     found, _ = packed_logprobs(hidden, head, token_ids, temperature, is_first(0))
@@ -63,6 +67,35 @@ def test_tokens_without_upstream_gradient_do_not_change_the_gradient_of_the_othe
     torch.testing.assert_close(hidden.grad, reference, rtol=1e-4, atol=1e-5)
 
 
+def test_no_upstream_gradient_at_all_gives_gradients_of_zero():
+    hidden, head, token_ids, temperature = inputs()
+    found, _ = packed_logprobs(hidden, head, token_ids, temperature, is_first(0))
+    gradients = torch.autograd.grad(found, (hidden, head), torch.zeros(T))
+    assert [gradient.abs().sum().item() for gradient in gradients] == [0, 0]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the number of elements of the largest tensor that any operation returned."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+def test_nothing_larger_than_the_head_is_made_forward_or_backward(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "TILE_WIDTH", 4)
+    hidden, head, token_ids, temperature = inputs()
+    with LargestTensor() as largest:
+        found, _ = packed_logprobs(hidden, head, token_ids, temperature, is_first(0))
+        found.sum().backward()
+    assert largest.elements == V * H < T * V
+
+
 def test_first_token_of_each_sequence_has_log_prob_zero_and_no_gradient_across_the_boundary():
     hidden, head, token_ids, temperature = inputs()
     found, entropy = packed_logprobs(hidden, head, token_ids, temperature, is_first(0, 5))
@@ -80,6 +113,7 @@ def test_temperature_zero_counts_as_one():
     assert torch.equal(greedy, plain)
 
 
+@pytest.mark.usefixtures("any_tile_width")
 def test_entropy_is_that_of_the_distribution_each_token_was_drawn_from():
     hidden, head, token_ids, temperature = inputs()
     _, entropy = packed_logprobs(hidden, head, token_ids, temperature, is_first(0))
@@ -89,6 +123,7 @@ def test_entropy_is_that_of_the_distribution_each_token_was_drawn_from():
     assert not entropy.requires_grad
 
 
+@pytest.mark.usefixtures("any_tile_width")
 def test_uniform_logits_have_the_log_of_the_vocabulary_as_entropy_and_huge_ones_stay_finite():
     head = torch.zeros(V, H)
     hidden = torch.ones(T, H)
@@ -102,6 +137,7 @@ def test_uniform_logits_have_the_log_of_the_vocabulary_as_entropy_and_huge_ones_
     assert entropy[1].item() == 0
 
 
+@pytest.mark.usefixtures("any_tile_width")
 def test_half_precision_head_gets_a_gradient_summed_in_float32():
     torch.manual_seed(0)
     hidden = torch.randn(T, H, dtype=torch.bfloat16, requires_grad=True)

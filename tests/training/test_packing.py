@@ -1,3 +1,5 @@
+import math
+import random
 from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 from arealite import dist
 from arealite.algo.advantages import group_advantages
 from arealite.errors import ConfigError, TrajectoryError
-from arealite.training.packing import Aggregation, attach, balance, best_fit, pack
+from arealite.training.packing import Aggregation, attach, balance, best_fit, deal, pack
 from arealite.types import MicroBatch, Trajectory
 from tests.training.helpers import make_groups, make_trajectory
 
@@ -249,25 +251,94 @@ def test_balance_gives_each_item_to_one_rank_and_keeps_the_bound_of_longest_firs
     assert largest <= sum(work) / num_ranks + max(work, default=0) * (1 - 1 / num_ranks) + 1e-9
 
 
-def slow_best_fit(lengths: list[int], max_tokens: int) -> list[list[int]]:
-    bins: list[list[int]] = []
-    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        fits = [b for b in bins if sum(lengths[i] for i in b) + lengths[index] <= max_tokens]
-        if fits:
-            max(fits, key=lambda b: sum(lengths[i] for i in b)).append(index)
-        else:
-            bins.append([index])
-    return bins
+def test_many_items_over_many_ranks_are_balanced_to_a_thousandth():
+    dice = random.Random(0)
+    work = [dice.lognormvariate(0, 0.3) for _ in range(8_192)]
+    loads = [sum(work[i] for i in rank) for rank in balance(work, 64)]
+    assert max(loads) <= 1.001 * sum(work) / 64
 
 
-@given(st.lists(st.integers(1, 40), max_size=40), st.integers(40, 80))
-def test_best_fit_equals_the_slow_search_and_never_exceeds_the_cap(
+def test_items_are_swapped_where_longest_first_leaves_ranks_uneven():
+    # Longest first gives 3 + 2 + 2 and 3 + 2, the swap of a 3 with a 2 gives 6 and 6.
+    work = [3, 3, 2, 2, 2]
+    loads = [sum(work[i] for i in rank) for rank in balance(work, 2)]
+    assert sorted(loads) == [6, 6]
+
+
+def fewest_bins(lengths: list[int], max_tokens: int) -> int:
+    """By trying every bin for every item."""
+
+    def place(index: int, rooms: tuple[int, ...]) -> int:
+        if index == len(lengths):
+            return len(rooms)
+        found = place(index + 1, (*rooms, max_tokens - lengths[index]))
+        for i, room in enumerate(rooms):
+            if room >= lengths[index]:
+                fuller = (*rooms[:i], room - lengths[index], *rooms[i + 1 :])
+                found = min(found, place(index + 1, fuller))
+        return found
+
+    return place(0, ())
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=6), st.integers(40, 80))
+def test_a_few_sequences_need_no_more_bins_than_the_best_packing(
+    lengths: list[int], max_tokens: int
+):
+    assert len(best_fit(lengths, max_tokens)) == fewest_bins(lengths, max_tokens)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.integers(1, 40) | st.sampled_from([1, 20, 40]), max_size=200),
+    st.integers(40, 300),
+)
+def test_bins_hold_each_sequence_once_below_the_cap_and_no_later_one_would_fit_into_an_earlier(
     lengths: list[int], max_tokens: int
 ):
     bins = best_fit(lengths, max_tokens)
-    assert bins == slow_best_fit(lengths, max_tokens)
     assert sorted(joined(bins)) == list(range(len(lengths)))
+    rooms = [max_tokens - sum(lengths[i] for i in chosen) for chosen in bins]
+    assert all(room >= 0 for room in rooms)
+    for number, room in enumerate(rooms):
+        assert all(lengths[i] > room for i in joined(bins[number + 1 :]))
+    assert best_fit(lengths, max_tokens) == bins
+
+
+@pytest.mark.parametrize(("mean", "sigma"), [(900, 1.0), (2_000, 0.5), (500, 0.3)])
+def test_thousands_of_sequences_need_a_thousandth_more_bins_than_the_lower_bound(
+    mean: int, sigma: float
+):
+    dice, cap = random.Random(mean), 8_192
+    drawn = [dice.lognormvariate(math.log(mean) - sigma**2 / 2, sigma) for _ in range(20_000)]
+    lengths = [min(cap, max(1, round(length))) for length in drawn]
+    bound = math.ceil(sum(lengths) / cap)
+    assert len(best_fit(lengths, cap)) <= bound + max(1, bound // 1_000)
+
+
+def test_best_fit_refuses_a_sequence_longer_than_the_cap():
+    with pytest.raises(ConfigError, match=r"has 11 tokens.*at most 10\b"):
+        best_fit([3, 11, 10], 10)
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(1, 40), max_size=60), st.integers(40, 80), st.integers(1, 5))
+def test_a_plan_gives_ranks_equal_numbers_of_micro_batches_below_the_cap(
+    lengths: list[int], max_tokens: int, num_ranks: int
+):
+    ranks = deal(lengths, max_tokens, num_ranks)
+    assert sorted(joined(joined(ranks))) == list(range(len(lengths)))
+    assert len(ranks) == num_ranks
+    assert len({len(bins) for bins in ranks}) == 1
+    bins = joined(ranks)
     assert all(sum(lengths[i] for i in chosen) <= max_tokens for chosen in bins)
+    assert all(chosen == sorted(chosen) for chosen in bins)
+
+
+def test_a_plan_balances_tokens_of_one_long_sequence_and_eight_short_ones():
+    ranks = deal([8, 1, 1, 1, 1, 1, 1, 1, 1], 8, 2)
+    assert ranks == [[[0]], [[1, 2, 3, 4, 5, 6, 7, 8]]]
 
 
 # ---- errors and attach
@@ -276,9 +347,9 @@ def test_best_fit_equals_the_slow_search_and_never_exceeds_the_cap(
 def test_a_sequence_longer_than_the_cap_is_refused_with_both_numbers():
     with pytest.raises(ConfigError, match=r"30 tokens.*at most 20.*micro_batch_tokens to 30"):
         pack(
-            [[make_trajectory(10, 20)]],
-            [[1.0]],
-            num_minibatches=1,
+            [[make_trajectory(10, 15), make_trajectory(10, 20)]],
+            [[1.0, 1.0]],
+            num_minibatches=2,
             max_tokens=20,
             aggregation="token",
         )
