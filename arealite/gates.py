@@ -142,13 +142,16 @@ class LogprobGate:
         samples = self._samples(minibatches, version)
         self._check_packing(samples)
         metrics = self._compare(minibatches, version)
-        if trouble := self._what_does_not_arrive(samples):
+        if samples and (trouble := self._what_does_not_arrive(samples)):
             raise GateError(f"New weights do not reach the servers as they should. {trouble}")
         return metrics
 
     # --- Tokens -----------------------------------------------------------------------------------
 
     def _scored(self, groups: list[list[Trajectory]]) -> list[list[MicroBatch]]:
+        """Packed, with the trainer's log-probs; nothing if no rank has any trajectory."""
+        if dist.sum([sum(map(len, groups))]) == [0]:
+            return []
         minibatches = pack(
             groups,
             [[0.0] * len(group) for group in groups],

@@ -192,6 +192,18 @@ def test_a_batch_without_a_token_of_its_version_passes(
         run.gate.check([wrong], version=0)
 
 
+def test_rows_that_are_all_rejected_are_nothing_to_compare(
+    trainer: FSDPEngine, server: HFEngine, folder: str, tmp_path: Path
+):
+    class Picky:
+        async def arun_episode(self, engine: Any, row: Any) -> None:
+            return None
+
+    run = Run(trainer, server, folder, tmp_path)
+    assert run.gate.check_start(Picky(), ROWS).keys() == {"gate/time_s"}
+    assert run.gate.check_fresh([]).keys() == {"gate/time_s"}
+
+
 def test_no_start_prompts_leaves_the_start_out(
     trainer: FSDPEngine, server: HFEngine, folder: str, tmp_path: Path
 ):
