@@ -8,6 +8,7 @@ An update commits its version when every server that still serves has acknowledg
 
 import asyncio
 import contextlib
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ from arealite.inference.transport import NamedWeights, Transport
 
 CONTROL_TIMEOUT_S = 120.0
 """Limit of each single call that pauses, updates or resumes a server."""
+DYING_S = 5.0
+"""So long a server may answer after the death of its engine; then it has a fault of its own."""
 CANARY = {"token_ids": [1] * 8, "sampling_params": {"max_tokens": 2, "logprobs": 0}}
 """At least eight tokens: a first prompt of one has been seen to kill a CPU worker."""
 CANARY_TIMEOUT_S = 15.0
@@ -110,18 +113,26 @@ class Pusher:
         """Let the servers go on.
 
         Raises:
-            ServerError: those that answer did not take the weights, and not when tried again.
+            ServerError: those that answer did not take the weights, and not when tried again. One
+                whose engine has died may answer for a moment longer; then it is just gone.
         """
         self._run(self._resume(), CONTROL_TIMEOUT_S + 5, "resuming the servers")
         if self._fleet.serving():
             return
+        until_s = time.monotonic() + DYING_S
+        while self._is_still_stale():
+            if time.monotonic() > until_s:
+                raise ServerError(f"no server took the weights: {self._fleet.describe()}")
+            time.sleep(0.5)
+
+    def _is_still_stale(self) -> bool:
+        """Whether servers answer and none serves, although they were tried again."""
         for server in self._fleet.servers:
             self._run(self.sync(server), 8 * CONTROL_TIMEOUT_S, "a second try to push the weights")
             if server.state == "stale":  # or its engine is dead, which comes back without our help
                 self._run(self._probe(server), CONTROL_TIMEOUT_S, "a server that takes no weights")
         states = {server.state for server in self._fleet.servers}
-        if "stale" in states and "serving" not in states:
-            raise ServerError(f"no server took the weights: {self._fleet.describe()}")
+        return "stale" in states and "serving" not in states
 
     # --- Event loop -------------------------------------------------------------------------------
 

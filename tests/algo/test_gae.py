@@ -1,4 +1,3 @@
-import time
 from itertools import pairwise
 
 import pytest
@@ -166,18 +165,6 @@ def test_advantages_have_the_dtype_of_the_values_and_no_gradient():
     advantages, returns = gae(rewards, values.float().requires_grad_(), mask, ends)
     assert advantages.dtype == returns.dtype == torch.float32
     assert not advantages.requires_grad
-
-
-def test_sixty_five_thousand_tokens_take_milliseconds():
-    torch.manual_seed(0)
-    num_tokens = 65_536
-    inputs = torch.randn(num_tokens), torch.randn(num_tokens), torch.rand(num_tokens) < 0.9
-    took_s = []
-    for _ in range(3):
-        began = time.perf_counter()
-        gae(*inputs, torch.tensor([0, 20_000, num_tokens]), gamma=0.99, gae_lambda=0.95)
-        took_s.append(time.perf_counter() - began)
-    assert min(took_s) < 0.05  # 0.005 on one core; a loop over tokens takes seconds
 
 
 @pytest.mark.parametrize(

@@ -114,7 +114,7 @@ def test_a_server_that_misses_an_update_serves_again_once_it_has_the_weights(
         assert servers[0].version == "1"
 
 
-def test_weights_that_every_server_refuses_are_an_error_at_once(
+def test_weights_that_every_server_refuses_again_and_again_are_an_error(
     scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
 ):
     proxy = fault_proxy(scripted_server().address)
@@ -136,6 +136,26 @@ def test_a_server_whose_engine_is_dead_refuses_weights_and_that_is_no_error(
         push(engine, 1)
         running = start(engine, 2)
         proxy.clear()
+        assert [set(response.versions) for response in running.result(30)] == [{1}] * 2
+
+
+def test_a_server_that_refuses_weights_because_it_dies_is_waited_for(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    server = scripted_server()
+    proxy = fault_proxy(server.address)
+    with VLLMEngine([proxy.address]) as engine:
+        push(engine, 0)
+        proxy.inject(
+            faults.Status(500), path="/pause"
+        )  # its engine is dead, the rest still answers
+        pushing = background.submit(asyncio.to_thread(push, engine, 1))
+        wait_until(lambda: len(proxy.exchanges_of("/pause")) >= 3)
+        server.die()
+        pushing.result(20)
+        proxy.clear()
+        running = start(engine, 2)
+        server.restart()
         assert [set(response.versions) for response in running.result(30)] == [{1}] * 2
 
 
