@@ -16,7 +16,7 @@ from arealite.inference import hf
 from arealite.inference.hf import HFEngine, sample
 from arealite.testing import make_tiny_model
 from arealite.types import ModelRequest, ModelResponse, SamplingParams
-from tests.inference.conformance import start, wait_until_sampling
+from tests.inference.conformance import start, wait_until, wait_until_sampling
 from tests.inference.parity import (
     Reference,
     Weights,
@@ -268,7 +268,10 @@ def test_the_cache_of_running_sequences_is_made_anew_or_kept(
     prompts = make_prompts(3)
     with HFEngine(folder, kv=kv) as engine:
         push(engine, pushed[0], 0)
-        running = start(engine, prompts, max_new_tokens=200)  # too few batches to be joined
+        engine.pause()
+        running = start(engine, prompts, max_new_tokens=200)
+        wait_until(lambda: engine.room == 64 - len(prompts))
+        engine.resume()  # all of them in one batch: batches that are joined lose their caches
         wait_until_sampling(engine)
         push(engine, pushed[1], 1)
         responses = [request.result(60) for request in running]
