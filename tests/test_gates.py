@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pytest
 import torch
 
+from arealite import dist
 from arealite.data import load_tokenizer
 from arealite.errors import ConfigError, GateError
 from arealite.gates import GateConfig, LogprobGate, logprob_metrics
@@ -68,6 +69,13 @@ class PlantedTrainer:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.engine, name)
+
+
+@pytest.fixture(autouse=True)
+def no_process_group_stays() -> Iterator[None]:
+    """What runs next may be a test that has no ranks."""
+    yield
+    dist.close()
 
 
 @pytest.fixture(scope="module")
