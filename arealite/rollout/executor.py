@@ -404,7 +404,8 @@ def check_group(
         TrajectoryError: naming the workflow and the field.
     """
     name = f"{type(workflow).__name__}.arun_episode"
-    if not group or not all(isinstance(item, Trajectory) for item in group):
+    is_list = isinstance(group, list | tuple) and len(group) > 0
+    if not is_list or not all(isinstance(item, Trajectory) for item in group):
         raise TrajectoryError(
             f"{name} returned {group!r:.80}. Return a list of Trajectory, or None to reject the "
             "row."

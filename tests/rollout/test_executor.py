@@ -409,6 +409,16 @@ def test_misaligned_trajectories_name_the_workflow_and_the_field():
     assert isinstance(e.value.__cause__, TrajectoryError)
 
 
+def test_one_trajectory_instead_of_a_list_names_the_workflow():
+    async def lonely(engine: ScriptedEngine, row: Row) -> Trajectory:
+        return trajectory(row)
+
+    with pytest.raises(
+        RolloutError, match=r"Workflow.arun_episode returned Trajectory\(.*a list of"
+    ):
+        run_episodes(ScriptedEngine(replies=[]), Workflow(lonely), ROWS)  # type: ignore[arg-type]
+
+
 def test_a_resumed_run_continues_with_the_rows_that_were_not_consumed():
     with executor(answer, prompts_per_step=4, max_staleness=2) as rollouts:
         assert places(rollouts.next_batch()) == [0, 1, 2, 3]
