@@ -3,7 +3,7 @@
     before the first step   the push names every tensor of the model; new weights arrive, the head's
                             too; packed sequences do not see each other; fresh tokens agree
     in each step            tokens that the current weights sampled agree
-    in each evaluation      the same, of all its samples
+    in each evaluation      the same, of some of its samples
 
 On failure `diagnosis` tries every known mistake and names the one that fits.
 """
