@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
@@ -47,6 +48,7 @@ CANARY_PROMPTS = 4
 
 Weights = Iterator[tuple[str, torch.Tensor]]
 Answer = tuple[list[int], list[float]]  # token ids and log-probs
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,16 +175,7 @@ class LogprobGate:
         self, minibatches: list[list[MicroBatch]], version: int, metrics: dict[str, float]
     ) -> None:
         samples = self._samples(minibatches, version)
-        weights = self._train_engine.named_weights()
-        found: Diagnosis | str = ""
-        if dist.rank() == 0:
-            try:
-                found = diagnose(samples, self._model, weights, limit=self._cfg.max_logprob_gap)
-            except Exception as error:  # the run stops for the gap, not for this
-                found = f"Its cause could not be looked for: {type(error).__name__}: {error}"
-        for _ in weights:
-            pass
-        found = dist.broadcast(found)
+        found = dist.broadcast(self._on_rank_0(lambda weights: self._diagnosed(samples, weights)))
         cause = str(found)
         if isinstance(found, Diagnosis) and found.is_server_wrong and not found.causes:
             cause = self._what_a_push_mends(samples) or self._what_does_not_arrive(samples) or cause
@@ -192,6 +185,12 @@ class LogprobGate:
             f"gate.max_logprob_gap is {self._cfg.max_logprob_gap:g}. {cause} "
             f"Evidence: {self._write_evidence(samples, metrics, cause)}"
         )
+
+    def _diagnosed(self, samples: list[Sample], weights: Weights) -> Diagnosis | str:
+        try:
+            return diagnose(samples, self._model, weights, limit=self._cfg.max_logprob_gap)
+        except Exception as error:  # the run stops for the gap, not for this
+            return f"Its cause could not be looked for: {type(error).__name__}: {error}"
 
     def _write_evidence(self, samples: list[Sample], metrics: dict[str, float], cause: str) -> Path:
         """Tokens and what both sides say about them, for whoever looks for the cause."""
@@ -300,11 +299,15 @@ class LogprobGate:
 
     def _reference(self, change: Callable[[Weights], Weights]) -> Reference | None:
         """The trainer's weights, changed, in plain transformers; only rank 0 has it."""
+        return self._on_rank_0(lambda weights: Reference(self._model, change(weights)))
+
+    def _on_rank_0(self, work: Callable[[Weights], Result]) -> Result | None:
+        """What rank 0 makes of the trainer's weights, which all ranks gather together."""
         weights = self._train_engine.named_weights()
-        reference = Reference(self._model, change(weights)) if dist.rank() == 0 else None
-        for _ in weights:  # every tensor is gathered by all ranks together
+        result = work(weights) if dist.rank() == 0 else None
+        for _ in weights:
             pass
-        return reference
+        return result
 
     def _what_a_push_mends(self, samples: list[Sample]) -> str:
         """The cause, if new samples agree once the same weights are pushed again."""
