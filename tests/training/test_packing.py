@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from arealite import dist
@@ -283,10 +283,11 @@ def fewest_bins(lengths: list[int], max_tokens: int) -> int:
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 40), max_size=6), st.integers(40, 80))
-def test_a_few_sequences_need_no_more_bins_than_the_best_packing(
+@example([2, 2, 16, 17, 23, 24], 42)  # best: 24 + 16 + 2 and 23 + 17 + 2
+def test_a_few_sequences_need_at_most_one_bin_more_than_the_best_packing(
     lengths: list[int], max_tokens: int
 ):
-    assert len(best_fit(lengths, max_tokens)) == fewest_bins(lengths, max_tokens)
+    assert len(best_fit(lengths, max_tokens)) <= fewest_bins(lengths, max_tokens) + 1
 
 
 @settings(deadline=None)
