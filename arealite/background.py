@@ -12,7 +12,7 @@ from collections.abc import Coroutine
 from typing import Any, TypeVar
 
 from arealite.errors import DeadlineError
-from arealite.waits import report, waiting
+from arealite.waits import report, waiting, watch_tasks
 
 Result = TypeVar("Result")
 
@@ -26,6 +26,7 @@ def loop() -> asyncio.AbstractEventLoop:
     with _lock:
         if _loop is None:
             _loop = asyncio.new_event_loop()
+            watch_tasks(_loop)
             threading.Thread(target=_run, args=(_loop,), name="arealite-loop", daemon=True).start()
         return _loop
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from arealite.config import install_excepthook, parse
-from arealite.errors import ServerError
+from arealite.errors import ConfigError, ServerError
 from arealite.inference.server import ServerConfig, serve
 
 
@@ -22,13 +22,24 @@ class ServeConfig:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Start servers, print their addresses, and run until Ctrl-C."""
-    parser = argparse.ArgumentParser(prog="arealite")
+    parser = argparse.ArgumentParser(
+        prog="arealite", usage="arealite serve [--model MODEL] [server.KEY=VALUE ...]"
+    )
     commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("serve", add_help=False)  # its --help lists the settings
+    command = commands.add_parser(
+        "serve",
+        add_help=False,  # `arealite serve --help` lists the settings
+        help="start vLLM servers that trainers attach to; `arealite serve --help` lists settings",
+    )
     command.add_argument("--model", default=ServeConfig.model)
     arguments, settings = parser.parse_known_args(argv)
     install_excepthook()
     cfg = parse(ServeConfig, [f"model={arguments.model}", *settings])
+    if cfg.server.addresses:
+        raise ConfigError(
+            "server.addresses names servers that run already, and `arealite serve` starts new "
+            "ones. Give the addresses to the recipe instead."
+        )
     with serve(cfg.model, cfg.server) as servers:
         print(f"server.addresses=[{','.join(servers.addresses)}]", flush=True)
         try:

@@ -59,3 +59,10 @@ class LossError(ArealiteError, ValueError):
 
 class CheckpointError(ArealiteError, RuntimeError):
     """A checkpoint could not be written, or is not complete and intact."""
+
+
+def first_cause(error: BaseException) -> BaseException:
+    """The first error inside nested groups of errors."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

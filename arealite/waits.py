@@ -4,22 +4,29 @@
         ...
 
 A wait that takes long is reported on stderr, together with all others of this process and the
-stacks of its threads; again after twice the time, and so on.
+stacks of its threads and asyncio tasks; again after twice the time, and so on.
 """
 
+import asyncio
 import itertools
 import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import FrameType
+from typing import Any
 
 ALARM_AFTER_S = 120.0
 CHECK_EVERY_S = 1.0
 MAX_LINES = 20
 """Of one report; waits with the same words share a line."""
+MAX_FRAMES = 12
+MAX_TASK_STACKS = 10
+"""Of one report; tasks that are at the same place share one."""
 
 
 @dataclass(slots=True)
@@ -31,6 +38,7 @@ class _Wait:
 
 
 _waits: dict[int, _Wait] = {}
+_loops: list[asyncio.AbstractEventLoop] = []
 _next_key = itertools.count()
 _watchdog: threading.Thread | None = None
 _starting = threading.Lock()
@@ -56,8 +64,13 @@ def waiting(
         del _waits[key]
 
 
+def watch_tasks(loop: asyncio.AbstractEventLoop) -> None:
+    """Let every report show where the tasks of this loop are."""
+    _loops.append(loop)
+
+
 def report() -> str:
-    """All waits of this process, the oldest first, and where each of its threads is."""
+    """All waits of this process, the oldest first, and where its threads and tasks are."""
     now_s = time.monotonic()
     groups: dict[tuple[str, str], list[float]] = {}
     for wait in sorted(list(_waits.values()), key=lambda wait: wait.since_s):
@@ -69,7 +82,7 @@ def report() -> str:
     ]
     if len(groups) > MAX_LINES:
         lines.append(f"  and {len(groups) - MAX_LINES} more")
-    return "\n".join(["Who waits for what, since when:", *lines, "", *_stacks()])
+    return "\n".join(["Who waits for what, since when:", *lines, "", *_stacks(), *_task_stacks()])
 
 
 def _asked(what: Callable[[], str]) -> str:
@@ -83,7 +96,27 @@ def _stacks() -> Iterator[str]:
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     for ident, frame in sys._current_frames().items():
         yield f"Thread {names.get(ident, ident)}, innermost call last:"
-        yield "".join(traceback.format_stack(frame)[-12:]).rstrip()
+        yield "".join(traceback.format_stack(frame)[-MAX_FRAMES:]).rstrip()
+
+
+def _task_stacks() -> Iterator[str]:
+    tasks = [task for loop in _loops for task in asyncio.all_tasks(loop)]
+    places = Counter(place for task in tasks if (place := _place_of(task.get_coro())))
+    for place, count in places.most_common(MAX_TASK_STACKS):
+        yield f"{count} task(s), innermost call last:"
+        yield place
+
+
+def _place_of(awaited: Any) -> str:
+    """The stack of a suspended coroutine: its own frame, that of what it awaits, and so on."""
+    frames: list[tuple[FrameType, int]] = []
+    while awaited is not None:
+        frame = getattr(awaited, "cr_frame", None) or getattr(awaited, "gi_frame", None)
+        if frame is not None:
+            frames.append((frame, frame.f_lineno))
+        awaited = getattr(awaited, "cr_await", None) or getattr(awaited, "gi_yieldfrom", None)
+    summary = traceback.StackSummary.extract(iter(frames))
+    return "".join(summary.format()[-MAX_FRAMES:]).rstrip()
 
 
 def _start_watchdog() -> None:

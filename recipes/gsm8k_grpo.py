@@ -47,6 +47,8 @@ class Config:
     """Hugging Face id, or a folder or file of rows with `question` and `answer`."""
     system_prompt: str = ""
     """First message of every conversation, such as how to mark the answer; empty: none."""
+    reward_timeout_s: float = 15.0
+    """Limit of one call of the reward in seconds; beyond it the row is lost."""
     steps: int = 80
     """Training steps; each consumes one batch and makes one weight version."""
     group_size: int = 8
@@ -76,7 +78,13 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, steps=0, group_size=2, minibatches=1, clip_low=0, clip_high=0)
-        check_at_least(self, behavior_weight_cap=1, eval_every_steps=1, save_every_steps=1)
+        check_at_least(
+            self,
+            reward_timeout_s=1e-3,
+            behavior_weight_cap=1,
+            eval_every_steps=1,
+            save_every_steps=1,
+        )
 
 
 def grpo_loss(logprobs: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput:
@@ -105,13 +113,19 @@ def grpo_loss(logprobs: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput
 
 
 def evaluate(
-    inference_engine: InferenceEngine, workflow: RolloutWorkflow, rows: list[Row], gate: LogprobGate
+    inference_engine: InferenceEngine,
+    workflow: RolloutWorkflow,
+    rows: list[Row],
+    gate: LogprobGate,
+    cfg: Config,
 ) -> dict[str, float]:
     """Mean reward and response length over `rows` of all ranks, whatever the staleness limit.
 
     Fresh samples also show whether server and trainer still compute the same log-probs.
     """
-    groups = run_episodes(inference_engine, workflow, rows)
+    groups = run_episodes(
+        inference_engine, workflow, rows, episode_timeout_s=cfg.rollout.episode_timeout_s
+    )
     samples = [sample for group in groups for sample in group]
     return gate.check_fresh(groups) | {
         "eval/reward": dist.mean([sample.reward for sample in samples]),
@@ -124,7 +138,13 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     train_rows = load_rows(cfg.dataset, split="train")
     test_rows = dist.shard(load_rows(cfg.dataset, split="test"))
-    ask = partial(SingleTurnWorkflow, tokenizer, gsm8k_reward, system_prompt=cfg.system_prompt)
+    ask = partial(
+        SingleTurnWorkflow,
+        tokenizer,
+        gsm8k_reward,
+        system_prompt=cfg.system_prompt,
+        reward_timeout_s=cfg.reward_timeout_s,
+    )
     explore = ask(cfg.sampling, group_size=cfg.group_size)
     greedy = ask(cfg.sampling.greedy())
     loss_fn = partial(grpo_loss, cfg=cfg)
@@ -151,14 +171,15 @@ def main(cfg: Config) -> None:
         # Before the first rollout, so that what cannot work fails now and not after a day.
         push_weights(train_engine, inference_engine, version=start.version)
         gate.check_start(explore, train_rows)
-        check = partial(evaluate, inference_engine, greedy, test_rows, gate)
-        metrics.log(start.version, check())
+        check = partial(evaluate, inference_engine, greedy, test_rows, gate, cfg)
 
         with RolloutExecutor(
             inference_engine, explore, train_rows, cfg.rollout, seed=cfg.seed, start=start
         ) as rollouts:
             for version in range(start.version, cfg.steps):
                 try:
+                    if version % cfg.eval_every_steps == 0 or version == start.version:
+                        metrics.log(version, check())
                     groups, lost = rollouts.next_batch(), rollouts.take_lost()
                 except ArealiteError:  # raised on all ranks; nothing of this step has happened
                     save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version))
@@ -181,11 +202,10 @@ def main(cfg: Config) -> None:
 
                 progress = rollout_metrics(groups, version, lost) | train_metrics(stats) | gap
                 metrics.log(version + 1, progress | inference_engine.take_metrics())
-                if (version + 1) % cfg.eval_every_steps == 0 or version + 1 == cfg.steps:
-                    metrics.log(version + 1, check())
                 if (version + 1) % cfg.save_every_steps == 0 or version + 1 == cfg.steps:
                     save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version + 1))
 
+        metrics.log(inference_engine.version, check())
         train_engine.save_pretrained(Path(cfg.out_dir) / "model")
         metrics.report(checkpoint=Path(cfg.out_dir) / "model")
 

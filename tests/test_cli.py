@@ -18,6 +18,11 @@ def test_a_wrong_setting_starts_no_server_and_names_the_nearest():
         main(["serve", "--model", "x", "server.gpsu=1"])
 
 
+def test_addresses_are_no_setting_for_starting_servers():
+    with pytest.raises(ConfigError, match=r"Give the addresses to the recipe instead\."):
+        main(["serve", "server.addresses=[http://127.0.0.1:8000]"])
+
+
 def test_an_unknown_command_names_the_known_ones(capsys: pytest.CaptureFixture[str]):
     with pytest.raises(SystemExit):
         main(["sreve"])

@@ -1,9 +1,11 @@
+import asyncio
+import re
 import threading
 import time
 
 import pytest
 
-from arealite import waits
+from arealite import background, waits
 from arealite.waits import report, waiting
 
 
@@ -32,6 +34,29 @@ def test_a_report_says_who_waits_for_what_and_where_each_thread_is():
     assert "Thread poor-thread, innermost call last:" in text
     assert "in wait_for_release" in text
     assert "poor-thread" not in report().partition("Thread ")[0]
+
+
+def test_a_report_shows_where_tasks_wait_in_the_code_of_the_user():
+    release = threading.Event()
+
+    async def ask_a_slow_tool() -> None:
+        await asyncio.sleep(0)
+        await asyncio.to_thread(release.wait, 10)
+
+    async def agent() -> None:
+        await ask_a_slow_tool()
+
+    async def two_agents() -> None:
+        await asyncio.gather(agent(), agent())
+
+    future = background.submit(two_agents())
+    deadline_s = time.monotonic() + 10
+    shared = r"\n2 task\(s\), innermost call last:\n.*, in agent\n.*\n.*, in ask_a_slow_tool\n"
+    while not re.search(shared, report()):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.01)
+    release.set()
+    future.result(10)
 
 
 def test_a_wait_that_takes_long_is_reported_again_and_again_at_growing_distances(

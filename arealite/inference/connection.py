@@ -205,6 +205,11 @@ def _refusal(what: str, reply: aiohttp.ClientResponse, content: bytes) -> Server
     """The error that fits a status that is not 200."""
     status = reply.status
     text = f"{what} answered {status}: {content[:500].decode(errors='replace')}"
+    if status == 401 and "Authorization" in reply.request_info.headers:
+        return ServerError(
+            f"{what} refuses the token of this run. Set AREALITE_TOKEN, or the file that "
+            "server.token_file names, to the one its server was started with."
+        )
     if status == 401:
         return ServerError(
             f"{what} asks for a token. Set AREALITE_TOKEN to the one its server was started with, "

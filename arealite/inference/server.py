@@ -26,8 +26,6 @@ from arealite.inference.tokens import TOKEN, find_token
 from arealite.inference.transport import WEIGHTS_DIR
 from arealite.inference.vllm_plugin import BACKEND, SLEEP
 
-GONE_TIMEOUT_S = 30.0
-"""Attached servers that all are gone for so long end the run: nobody here can start them."""
 SMALL_MACHINE_CORES = 4
 """Up to so many cores a CPU server gets one thread, which the system may move.
 
@@ -62,6 +60,9 @@ class ServerConfig:
     """Precision of the served weights; auto: that of the model folder."""
     startup_timeout_s: float = 600.0
     """Limit in seconds until every server has generated its first tokens."""
+    recovery_timeout_s: float = 30.0
+    """Attached servers that all are gone for so long, in seconds, end the run. `arealite serve`
+    takes a minute or two to start one again; servers of the run itself are always waited for."""
     max_restarts: int = 5
     """Deaths of one server within 10 minutes after which it is started again; one more ends the
     run."""
@@ -97,6 +98,7 @@ class ServerConfig:
         check_at_least(self, "server", tensor_parallel=1, num_cpu_servers=1, cpu_cache_gib=1)
         check_at_least(self, "server", max_num_seqs=1, max_model_len=0, startup_timeout_s=1)
         check_at_least(self, "server", max_restarts=0, request_timeout_s=1e-3, patience_s=1e-3)
+        check_at_least(self, "server", recovery_timeout_s=1e-3)
         check_at_least(self, "server", hang_timeout_s=2, progress_timeout_s=1, max_reply_bytes=1)
         if not 0 <= self.memory_share <= 1:
             raise ConfigError(f"server.memory_share={self.memory_share} must be between 0 and 1.")
@@ -128,7 +130,19 @@ class Servers:
     @property
     def recovery_timeout_s(self) -> float:
         """How long to wait for a server to come back when none is left."""
-        return self.cfg.startup_timeout_s + 60 if self._is_restarted else GONE_TIMEOUT_S
+        own_s = self.cfg.startup_timeout_s + 60
+        return own_s if self._is_restarted else self.cfg.recovery_timeout_s
+
+    @property
+    def advice(self) -> str:
+        """What a user can do when none came back."""
+        if self._is_restarted:
+            return ""
+        return (
+            " Start them again, then this run, which continues from its last checkpoint. Where "
+            "something else starts them again, as `arealite serve` does, raise "
+            f"server.recovery_timeout_s={self.cfg.recovery_timeout_s:g}."
+        )
 
     def failure(self) -> str:
         """Why servers that `serve` started will not come back; empty while they may."""

@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -26,7 +27,7 @@ import tenacity
 import torch
 
 from arealite import background, dist
-from arealite.errors import NoServerError, PromptTooLongError, ServerError
+from arealite.errors import ConfigError, NoServerError, PromptTooLongError, ServerError
 from arealite.inference.connection import (
     CLIENT_ID,
     Connection,
@@ -50,6 +51,14 @@ MAX_LOST_SERVERS = 5
 """A request whose servers died so often may be the reason."""
 SLOW_FACTOR = 10
 """A request that takes so many times as long as nine in ten of late is asked again."""
+
+
+class _ModelInfo(msgspec.Struct):
+    """What our guard on a server tells about it."""
+
+    vocab_size: int | None = None
+    max_num_seqs: int | None = None
+    weights_dir: str | None = None
 
 
 class VLLMEngine:
@@ -358,6 +367,7 @@ class VLLMEngine:
         if waited_s > self._servers.recovery_timeout_s and not self._fleet.is_updating:
             raise NoServerError(
                 f"No server has served for {waited_s:.0f} s: {self._fleet.describe()}."
+                f"{self._servers.advice}"
             )
 
     def _end_requests(self, _: object) -> None:
@@ -397,12 +407,18 @@ class VLLMEngine:
             ) from error
         try:
             content = await self._connections[server].get("/arealite/model", limit_s=30)
-            limits = msgspec.json.decode(content)
-            if "max_num_seqs" in limits:
-                server.capacity = int(limits["max_num_seqs"])
-            return length, int(limits["vocab_size"])
-        except (ServerError, msgspec.MsgspecError, LookupError, TypeError, ValueError):
+            told = msgspec.json.decode(content, type=_ModelInfo)
+        except (ServerError, msgspec.MsgspecError):
             return length, None
+        server.capacity = told.max_num_seqs
+        wanted = self._cfg.weights_dir and str(Path(self._cfg.weights_dir).resolve())
+        if wanted and told.weights_dir is not None and wanted != told.weights_dir:
+            raise ConfigError(
+                f"server.weights_dir is {wanted}, but {server.address} was started with "
+                f"{told.weights_dir or 'none'}, and reads weights from no other folder. Start it "
+                "with the same server.weights_dir."
+            )
+        return length, told.vocab_size
 
     def _make_transport(self) -> Transport:
         if self._cfg.weights_dir:

@@ -13,6 +13,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from arealite.inference.tokens import CLIENT_HEADER, TOKEN
+from arealite.inference.transport import WEIGHTS_DIR
 
 Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
@@ -115,9 +116,10 @@ class Guard:
 
 
 def _describe_model(app: Any) -> dict[str, Any]:
-    """What a client checks token ids against, and how many sequences run at the same time."""
+    """What a client checks its requests and settings against."""
     config = app.state.vllm_config
     return {
+        "weights_dir": os.environ.get(WEIGHTS_DIR, ""),
         "vocab_size": config.model_config.get_vocab_size(),
         "max_num_seqs": config.scheduler_config.max_num_seqs
         * config.parallel_config.data_parallel_size,

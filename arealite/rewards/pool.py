@@ -302,7 +302,9 @@ async def _score_on_loop(reward: RewardFn, text: str, row: "Row", timeout_s: flo
         raise RewardError(f"Reward {name} was cancelled from within.") from None
     except (Exception, SystemExit) as error:
         if isinstance(error, TimeoutError) and deadline.expired():
-            raise RewardError(f"Reward {name} took longer than {timeout_s:g} s.") from None
+            raise RewardError(
+                f"Reward {name} took longer than {timeout_s:g} s (reward_timeout_s)."
+            ) from None
         raise RewardError(f"Reward {name} {describe(error)}") from error
 
 

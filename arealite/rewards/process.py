@@ -156,7 +156,8 @@ class WorkerProcess:
                 if size_of_group(self._process.pid) > MAX_PROCESSES:
                     raise CallStoppedError(f"started more than {MAX_PROCESSES} processes")
                 if time.monotonic() >= deadline:
-                    raise CallStoppedError(f"took longer than {timeout_s:g} s{to_do}")
+                    limit = f"{timeout_s:g} s{to_do} (reward_timeout_s)"
+                    raise CallStoppedError(f"took longer than {limit}")
             return json.loads(self._connection.recv_bytes())
         except (EOFError, OSError, ValueError) as error:  # ValueError: no JSON
             raise WorkerLostError from error

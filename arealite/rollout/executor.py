@@ -10,9 +10,11 @@ its reason, the next row takes its place, and many failures raise in the main th
 
 import asyncio
 import concurrent.futures
+import inspect
 import itertools
 import math
 import sys
+import sysconfig
 import threading
 import time
 import traceback
@@ -37,6 +39,7 @@ from arealite.errors import (
     NoServerError,
     RolloutError,
     TrajectoryError,
+    first_cause,
 )
 from arealite.rollout.admission import Admission, Order, Ticket, merge_cursors
 from arealite.types import Cursor, LostRow, Row, Trajectory
@@ -46,6 +49,12 @@ POLL_S = 0.01
 """How often the rollout thread looks for a new weight version."""
 FATAL = (ConfigError, DataError, NoServerError)
 """What no other row would do better with."""
+NOT_THE_USERS = (
+    str(Path(arealite.__file__).parent),
+    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    "<frozen",
+)
+"""Where files begin that are not the user's: ours, Python's and those of installed packages."""
 FAILURE_WINDOW = 64
 """Latest episodes over which the share of failures is taken."""
 
@@ -160,12 +169,7 @@ class RolloutExecutor:
         except Exception as error:
             failure = error
             dist.announce_failure(describe(error))
-        failures = dist.gather(describe(failure) if failure else "")
-        if failure is None and any(failures):
-            rank = next(rank for rank, text in enumerate(failures) if text)
-            failure = RolloutError(f"Rank {rank} failed: {failures[rank]}")
-        if failure is not None:
-            raise failure
+        raise_on_all_ranks(failure)
         groups, self._untrained = self._untrained, []
         return groups
 
@@ -183,8 +187,8 @@ class RolloutExecutor:
                     print(report(), file=sys.stderr, flush=True)
                     raise DeadlineError(
                         f"next_batch waited {self._cfg.batch_timeout_s:.0f} s: "
-                        f"{self._admission.waiting_for()}. Look at the server's log, or raise "
-                        "rollout.batch_timeout_s."
+                        f"{self._admission.waiting_for()}. What each episode waits for stands "
+                        "above; if all of it takes its time, raise rollout.batch_timeout_s."
                     )
                 self._changed.wait(timeout=1.0)
 
@@ -271,8 +275,9 @@ class RolloutExecutor:
         """One row: its group, or the reason why there is none, goes to the admission."""
         try:
             row = self._rows[self._order[ticket.place]]
-            async with asyncio.timeout(self._cfg.episode_timeout_s):
-                group = await run_episode(self._engine, self._workflow, row)
+            group = await run_episode(
+                self._engine, self._workflow, row, timeout_s=self._cfg.episode_timeout_s
+            )
         except Exception as error:
             self._lose(ticket, error)
         else:
@@ -334,15 +339,19 @@ class RolloutExecutor:
 
 
 async def run_episode(
-    engine: InferenceEngine, workflow: RolloutWorkflow, row: Row
+    engine: InferenceEngine, workflow: RolloutWorkflow, row: Row, *, timeout_s: float
 ) -> list[Trajectory] | None:
     """The checked group of one row; None if the workflow rejects it.
 
     What goes wrong is raised as an Exception, also a `sys.exit`, a cancellation from within, or a
     panic of a library: it concerns this row, and must not end the loop that all rows share.
+
+    Raises:
+        DeadlineError: it took longer than `timeout_s`; the message shows where it was.
     """
     try:
-        group = await workflow.arun_episode(engine, row)
+        async with asyncio.timeout(timeout_s) as limit:
+            group = await workflow.arun_episode(engine, row)
     except GeneratorExit:
         raise
     except asyncio.CancelledError as error:
@@ -351,6 +360,11 @@ async def run_episode(
             raise  # by us; otherwise something inside the episode was cancelled
         raise RolloutError("The episode was cancelled from within.") from error
     except BaseException as error:
+        if limit.expired():
+            raise DeadlineError(
+                f"An episode took longer than rollout.episode_timeout_s={timeout_s:g}. Raise it, "
+                f"or see what took so long:{user_frames(error.__cause__ or error)}"
+            ) from error
         cause = first_cause(error)
         if not isinstance(cause, Exception):
             cause = error_of_ours("The episode", cause)
@@ -364,32 +378,60 @@ def run_episodes(
     rows: Sequence[Row],
     *,
     max_running: int = 256,
+    episode_timeout_s: float = RolloutConfig.episode_timeout_s,
     timeout_s: float = 1800.0,
 ) -> list[list[Trajectory]]:
     """The group of each row, for evaluation: at once, whatever the staleness of training.
 
-    Rows that the workflow rejects are left out.
+    Rows that the workflow rejects are left out; an episode that fails is tried once more. A
+    collective of all ranks, each with rows of its own: what fails on one raises on all.
 
     Raises:
-        RolloutError: an episode failed, so that the mean would be over other rows than asked for.
+        RolloutError: an episode failed, so that a mean would be over other rows than asked for; it
+            shows the row.
+        NoServerError, ConfigError, DataError: what no other row would do better with.
+        DeadlineError: they took longer than `timeout_s` together.
     """
     gate = asyncio.Semaphore(max_running)
 
     async def run_one(row: Row) -> list[Trajectory] | None:
         async with gate:
-            return await run_episode(engine, workflow, row)
+            for is_last in (False, True):
+                try:
+                    return await run_episode(engine, workflow, row, timeout_s=episode_timeout_s)
+                except FATAL:
+                    raise
+                except Exception as error:
+                    if is_last or isinstance(error, TrajectoryError):
+                        raise RolloutError(
+                            f"An episode outside training, such as of an evaluation, failed on "
+                            f"the row {row!r:.200}: {describe(error)}{user_frames(error)}"
+                        ) from error
+                    print(f"warning: an episode is tried again: {describe(error)}", flush=True)
 
     async def run_all() -> list[list[Trajectory] | None]:
         async with asyncio.TaskGroup() as episodes:
             tasks = [episodes.create_task(run_one(row)) for row in rows]
         return [task.result() for task in tasks]
 
+    groups: list[list[Trajectory] | None] = []
+    failure: BaseException | None = None
     try:
         groups = background.run(run_all(), timeout_s=timeout_s, what=f"{len(rows)} episodes")
-    except ExceptionGroup as errors:
-        cause = first_cause(errors)
-        raise RolloutError(f"An episode failed: {describe(cause)}") from cause
+    except Exception as error:
+        failure = first_cause(error)
+    raise_on_all_ranks(failure)
     return [group for group in groups if group is not None]
+
+
+def raise_on_all_ranks(failure: BaseException | None) -> None:
+    """Raise what failed here, or else what failed on another rank; a collective of all ranks."""
+    failures = dist.gather(describe(failure) if failure else "")
+    if failure is not None:
+        raise failure
+    for rank, text in enumerate(failures):
+        if text:
+            raise RolloutError(f"Rank {rank} failed: {text}")
 
 
 def check_group(
@@ -404,8 +446,10 @@ def check_group(
         TrajectoryError: naming the workflow and the field.
     """
     name = f"{type(workflow).__name__}.arun_episode"
-    is_list = isinstance(group, list | tuple) and len(group) > 0
-    if not is_list or not all(isinstance(item, Trajectory) for item in group):
+    items = group if isinstance(group, list | tuple) else [group]
+    if any(map(inspect.isawaitable, items)):
+        raise TrajectoryError(f"{name} returned a coroutine. Put `await` before what it calls.")
+    if items is not group or not group or not all(isinstance(item, Trajectory) for item in group):
         raise TrajectoryError(
             f"{name} returned {group!r:.80}. Return a list of Trajectory, or None to reject the "
             "row."
@@ -452,13 +496,6 @@ def count_kinds(kinds: Iterable[str]) -> str:
     return ", ".join(f"{kind} {count}" for kind, count in Counter(kinds).most_common())
 
 
-def first_cause(error: BaseException) -> BaseException:
-    """The first error inside nested groups of errors."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    return error
-
-
 def error_of_ours(who: str, cause: BaseException) -> RolloutError:
     """An error that may be raised anywhere, for one that may not."""
     error = RolloutError(f"{who} raised {describe(cause)}")
@@ -470,10 +507,9 @@ def user_frames(error: BaseException) -> str:
     """Where in the user's code an error arose, below its message; empty for errors of ours."""
     if isinstance(error, ArealiteError):
         return ""
-    ours = str(Path(arealite.__file__).parent)
     frames = traceback.extract_tb(error.__traceback__)
-    theirs = [frame for frame in frames if not frame.filename.startswith(ours)]
-    return "\n" + "".join(traceback.format_list(theirs[-2:])).rstrip()
+    theirs = [frame for frame in frames if not frame.filename.startswith(NOT_THE_USERS)]
+    return "".join("\n" + line.rstrip() for line in traceback.format_list(theirs[-2:]))
 
 
 def describe(error: BaseException | None) -> str:

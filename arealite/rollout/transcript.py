@@ -25,10 +25,21 @@ _next_conversation = itertools.count()
 
 
 class Transcript:
-    """One conversation, from its first messages to a finished `Trajectory`."""
+    """One conversation, from its first messages to a finished `Trajectory`.
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, messages: list[Message]) -> None:
+    Args:
+        reward_timeout_s: limit of the reward in seconds; None: that of the pool, 15.
+    """
+
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        messages: list[Message],
+        *,
+        reward_timeout_s: float | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._reward_timeout_s = reward_timeout_s
         self._conversation = next(_next_conversation)
         self._reply: ModelResponse | None = None
         self._temperature: float | None = None
@@ -102,7 +113,7 @@ class Transcript:
         """
         if self._reply is None or self._temperature is None:
             raise TrajectoryError("finish comes after at least one request and its response.")
-        value = await score(reward, self.last_text, row)
+        value = await score(reward, self.last_text, row, timeout_s=self._reward_timeout_s)
         return Trajectory(
             token_ids=self._token_ids,
             loss_mask=self._loss_mask,

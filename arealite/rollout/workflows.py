@@ -5,6 +5,7 @@ import asyncio
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api import InferenceEngine
+from arealite.errors import first_cause
 from arealite.rewards.pool import RewardFn
 from arealite.rollout.transcript import Message, Transcript
 from arealite.types import Row, SamplingParams, Trajectory
@@ -30,6 +31,8 @@ class ChatWorkflow:
         reward: text of the last response and row in, number out; see `Transcript.finish`.
         group_size: conversations per row; their mean reward is the baseline of each.
         system_prompt: first message of every conversation, if not empty.
+        reward_timeout_s: limit of one call of the reward in seconds, beyond which the row is lost;
+            None: that of the pool, 15.
     """
 
     def __init__(
@@ -40,19 +43,28 @@ class ChatWorkflow:
         *,
         group_size: int = 1,
         system_prompt: str = "",
+        reward_timeout_s: float | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.reward = reward
         self.sampling = sampling
         self.group_size = group_size
         self.system_prompt = system_prompt
+        self.reward_timeout_s = reward_timeout_s
 
     async def arun_episode(self, engine: InferenceEngine, row: Row) -> list[Trajectory] | None:
         """All conversations of the group at the same time; the first failure ends them all."""
-        async with asyncio.TaskGroup() as group:
-            samples = [
-                group.create_task(self.arun_sample(engine, row)) for _ in range(self.group_size)
-            ]
+        samples: list[asyncio.Task[Trajectory]] = []
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.group_size):
+                    samples.append(group.create_task(self.arun_sample(engine, row)))
+        except BaseExceptionGroup as failures:
+            raise first_cause(failures) from None
+        except asyncio.CancelledError:
+            for sample in samples:
+                sample.result()  # the same error, with the line of the agent that it came to
+            raise
         return [sample.result() for sample in samples]
 
     async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
@@ -64,7 +76,7 @@ class ChatWorkflow:
         messages: list[Message] = [{"role": "user", "content": question}]
         if self.system_prompt:
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return Transcript(self.tokenizer, messages)
+        return Transcript(self.tokenizer, messages, reward_timeout_s=self.reward_timeout_s)
 
 
 class SingleTurnWorkflow(ChatWorkflow):

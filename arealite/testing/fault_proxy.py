@@ -283,7 +283,11 @@ class FaultProxy:
                 exchange.reset()  # the server broke the connection, or the client did
             except Exception as error:
                 self._failures.append(error)
-                exchange.reset()
+                if exchange.num_bytes_sent:
+                    exchange.reset()
+                else:  # not a reset, which would look like a fault of the network
+                    text = f"The fault itself failed: {type(error).__name__}: {error}"
+                    await exchange.send(Reply(status=400, body=text.encode()))
 
     def _fault_for(self, request: Request) -> Fault | None:
         takers = [injection for injection in self._injections if injection.takes(request)]

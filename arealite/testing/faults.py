@@ -19,6 +19,7 @@ from dataclasses import dataclass, replace
 from http import HTTPStatus
 from typing import Any
 
+from arealite.errors import ConfigError
 from arealite.testing.fault_proxy import Exchange, Fault, Reply
 
 CHUNK_BYTES = 2**16
@@ -291,9 +292,15 @@ async def _send_edited(exchange: Exchange, place: str, edit: Callable[[Any, Any]
     content = json.loads(reply.body)
     *parents, key = [int(part) if part.isdigit() else part for part in place.split("/")]
     parent = content
-    for step in parents:
-        parent = parent[step]
-    edit(parent, key)
+    try:
+        for step in parents:
+            parent = parent[step]
+        edit(parent, key)
+    except (LookupError, TypeError) as error:
+        raise ConfigError(
+            f"There is no {place!r} in the reply {reply.body[:200]!r}. A place is written with "
+            "slashes, such as choices/0/finish_reason."
+        ) from error
     await exchange.send(replace(reply, body=json.dumps(content).encode()))
 
 

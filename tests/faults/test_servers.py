@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from arealite.errors import NoServerError, ServerError
-from arealite.inference import server as inference_server
 from arealite.inference.server import _Supervisor
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import FaultProxy, ScriptedServer
@@ -50,10 +49,9 @@ def test_requests_of_a_server_that_dies_start_again_on_the_other(
 
 @pytest.mark.fault(1, "the only server is gone for good")
 def test_a_run_whose_servers_all_are_gone_ends_with_one_line(
-    oracle: Oracle, server: ScriptedServer, connect: Connect, monkeypatch: pytest.MonkeyPatch
+    oracle: Oracle, server: ScriptedServer, connect: Connect
 ):
-    monkeypatch.setattr(inference_server, "GONE_TIMEOUT_S", 1.0)
-    engine = connect(server)
+    engine = connect(server, recovery_timeout_s=1.0)
     with oracle.ends_with(NoServerError, "No server has served for 1 s: .* is down"):
         oracle.train(engine, asking(), ROWS, at={1: server.die})
 

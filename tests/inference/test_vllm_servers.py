@@ -1,6 +1,7 @@
 """The client of several servers, which here are scripted: they die, hang and return in no time."""
 
 import asyncio
+import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -10,12 +11,12 @@ import pytest
 import torch
 
 from arealite import background
-from arealite.errors import NoServerError, ServerError
-from arealite.inference import server as server_module
+from arealite.errors import ConfigError, NoServerError, ServerError
 from arealite.inference.server import ServerConfig
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import faults
 from arealite.testing.fault_proxy import FaultProxy
+from arealite.testing.faults import SetValue
 from arealite.testing.http_server import ScriptedServer
 from arealite.types import ModelRequest, ModelResponse, SamplingParams
 from tests.inference.conformance import wait_until
@@ -213,16 +214,28 @@ def test_while_a_server_drains_requests_wait_instead_of_being_refused(
 
 
 def test_when_all_attached_servers_are_gone_requests_end_with_one_clear_line(
-    scripted_server: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+    scripted_server: Callable[..., ScriptedServer],
 ):
-    monkeypatch.setattr(server_module, "GONE_TIMEOUT_S", 0.5)
     servers = [scripted_server() for _ in range(2)]
-    with VLLMEngine([server.address for server in servers]) as engine:
+    cfg = ServerConfig(recovery_timeout_s=0.5)
+    with VLLMEngine([server.address for server in servers], cfg) as engine:
         push(engine, 0)
         for server in servers:
             server.die()
-        with pytest.raises(NoServerError, match=r"No server has served for \d+ s: http\S+ is down"):
+        with pytest.raises(NoServerError) as gone:
             start(engine, 3).result(20)
+    assert re.match(r"No server has served for \d+ s: http\S+ is down", str(gone.value))
+    assert "`arealite serve` does, raise server.recovery_timeout_s=0.5." in str(gone.value)
+
+
+def test_a_server_that_was_started_with_another_folder_for_weights_is_refused_at_once(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    proxy = fault_proxy(scripted_server().address)
+    proxy.inject(SetValue("weights_dir", "/elsewhere"), path="/arealite/model")
+    message = r"server.weights_dir is /here, but http\S+ was started with /elsewhere"
+    with pytest.raises(ConfigError, match=message):
+        VLLMEngine([proxy.address], ServerConfig(weights_dir="/here"))
 
 
 def test_a_server_restarted_behind_our_back_is_noticed_by_what_it_answers(

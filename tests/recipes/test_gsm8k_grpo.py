@@ -3,17 +3,24 @@
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from arealite.algo.advantages import group_advantages
 from arealite.config import parse
-from arealite.errors import ArealiteError, ConfigError
+from arealite.errors import ArealiteError, ConfigError, RolloutError
+from arealite.inference.vllm import VLLMEngine
+from arealite.rollout.executor import run_episodes
+from arealite.testing import ScriptedServer
 from arealite.training.packing import attach, pack
 from arealite.types import Trajectory
+from recipes import gsm8k_grpo
 from recipes.gsm8k_grpo import Config, grpo_loss, main
+from tests.oracle import NO_WEIGHTS
 from tests.recipes.malformed import BEFORE_ANY_SERVER, WITH_TWO_RANKS
 
 REPOSITORY = Path(__file__).parents[2]
@@ -76,3 +83,25 @@ def test_the_command_prints_one_message_and_no_traceback():
     assert "Traceback" not in done.stderr
     assert re.search(r"stepps=3 is not a key. The nearest is steps", done.stderr)
     assert "group_size=-8 must be at least 2" in done.stderr
+
+
+def test_an_evaluation_that_fails_costs_no_step(
+    tmp_path: Path,
+    scripted_server: Callable[..., ScriptedServer],
+    monkeypatch: pytest.MonkeyPatch,
+):
+    def fail_at_version_3(engine: VLLMEngine, *args: Any, **options: Any) -> list[Any]:
+        if engine.version == 3:
+            raise RolloutError("a judge is gone")
+        return run_episodes(engine, *args, **options)
+
+    monkeypatch.setattr(gsm8k_grpo, "run_episodes", fail_at_version_3)
+    server = scripted_server(vocab_size=55, max_model_len=256)
+    settings = [f"out_dir={tmp_path}/run", f"server.addresses=[{server.address}]", *NO_WEIGHTS]
+    settings += ["steps=5", "eval_every_steps=3", "save_every_steps=100", "group_size=2"]
+    settings += ["rollout.prompts_per_step=2", "sampling.max_new_tokens=16"]
+    with pytest.raises(RolloutError, match="a judge is gone"):
+        main(parse(Config, settings))
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").glob("version-*")] == [
+        "version-00000003"
+    ]

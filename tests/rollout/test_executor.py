@@ -10,17 +10,20 @@ from itertools import count
 
 import pytest
 
+from arealite.api import InferenceEngine
 from arealite.errors import (
     ConfigError,
     DataError,
     DeadlineError,
+    NoServerError,
     PromptTooLongError,
     RolloutError,
     TrajectoryError,
 )
 from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episodes
-from arealite.testing import ScriptedEngine
-from arealite.types import Cursor, LostRow, Row, Trajectory
+from arealite.rollout.workflows import ChatWorkflow
+from arealite.testing import ScriptedEngine, byte_tokenizer
+from arealite.types import Cursor, LostRow, Row, SamplingParams, Trajectory
 
 ROWS: list[Row] = [{"id": i} for i in range(10)]
 Episode = Callable[[ScriptedEngine, Row], Awaitable[list[Trajectory] | None]]
@@ -380,9 +383,60 @@ def test_an_episode_that_hangs_is_ended_at_its_deadline():
 
     with (
         executor(hang, episode_timeout_s=0.05) as rollouts,
-        pytest.raises(RolloutError, match="TimeoutError"),
+        pytest.raises(RolloutError) as raised,
     ):
         rollouts.next_batch()
+    assert "longer than rollout.episode_timeout_s=0.05. Raise it" in str(raised.value)
+    assert re.search(r'test_executor.py", line \d+, in hang\n', str(raised.value))
+    assert str(raised.value).endswith("await asyncio.sleep(100)")
+
+
+class SlowAgent(ChatWorkflow):
+    async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
+        await asyncio.sleep(100 if row["id"] == 1 else 0)
+        return trajectory(row)
+
+
+@pytest.mark.parametrize("group_size", [1, 3])
+def test_an_evaluation_ends_a_slow_episode_at_its_deadline_with_the_row_and_the_line_of_the_agent(
+    group_size: int,
+):
+    agent = SlowAgent(byte_tokenizer(), lambda *_: 0.0, SamplingParams(), group_size=group_size)
+    with pytest.raises(RolloutError) as raised:
+        run_episodes(ScriptedEngine(replies=[]), agent, ROWS, episode_timeout_s=0.05)
+    assert "failed on the row {'id': 1}" in str(raised.value)
+    assert str(raised.value).endswith('await asyncio.sleep(100 if row["id"] == 1 else 0)')
+
+
+def test_an_evaluation_tries_a_failed_episode_once_more():
+    calls = count()
+
+    async def fail_once(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        if next(calls) == 0:
+            raise OSError("a flaky tool")
+        return await answer(engine, row)
+
+    groups = run_episodes(ScriptedEngine(replies=[]), Workflow(fail_once), ROWS)
+    assert [group[0].reward for group in groups] == [float(i) for i in range(10)]
+
+
+def test_an_evaluation_without_a_server_says_so_at_once():
+    async def ask(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        raise NoServerError("all gone")
+
+    with pytest.raises(NoServerError, match=r"^all gone$"):
+        run_episodes(ScriptedEngine(replies=[]), Workflow(ask), ROWS)
+
+
+def test_a_forgotten_await_is_named():
+    forgotten = answer(ScriptedEngine(replies=[]), ROWS[0])
+
+    async def forget(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        return forgotten  # type: ignore[return-value]
+
+    with pytest.raises(RolloutError, match=r"returned a coroutine. Put `await` before what"):
+        run_episodes(ScriptedEngine(replies=[]), Workflow(forget), ROWS[:1])
+    forgotten.close()  # type: ignore[attr-defined]
 
 
 def test_close_ends_running_episodes():
