@@ -12,7 +12,7 @@ from arealite.rollout.workflows import ChatWorkflow
 from tests.rollout.agents import CalculatorAgent
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-CALCULATOR, SCRIPT, CHECK_LOSS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CALCULATOR, SCRIPT, BAD_NETWORK, CHECK_LOSS, EVALUATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 DOCSTRING = re.search(
     r"class CalculatorAgent.*?\n(?=\nArgs)", inspect.getdoc(ChatWorkflow) or "", re.DOTALL
 )
@@ -30,6 +30,15 @@ def test_the_calculator_agent_runs_on_the_scripted_engine_as_shown(shown: str):
 
 def test_the_agent_of_the_other_tests_is_the_one_shown():
     assert inspect.getsource(CalculatorAgent) == CALCULATOR
+
+
+def test_a_workflow_survives_a_bad_network_as_shown():
+    exec(BAD_NETWORK, {})
+
+
+def test_a_model_is_evaluated_without_a_server_as_shown(capsys: pytest.CaptureFixture[str]):
+    exec(EVALUATION, {})
+    assert 0.2 < float(capsys.readouterr().out) < 0.8  # before any training
 
 
 def test_the_loss_check_passes_as_shown(capsys: pytest.CaptureFixture[str]):

@@ -150,7 +150,7 @@ class Fleet:
         return "; ".join(
             f"{server.address} serves {server.running} requests"
             if server.state == "serving"
-            else f"{server.address} is {server.state}: {server.reason}"
+            else f"{server.address} is {server.state}: {server.reason.rstrip('.')}"
             for server in self.servers
         )
 

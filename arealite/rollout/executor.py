@@ -476,7 +476,8 @@ def problem_with(trajectory: Trajectory, version: int) -> str:
     if not all(map(math.isfinite, trajectory.behavior_logprobs)):
         return "a behavior log-prob that is not finite"
     versions = set(itertools.compress(trajectory.versions, trajectory.loss_mask))
-    if not 0 <= min(versions) <= max(versions) <= version + 1:
+    oldest = min(version, 0)  # -1, the weights on disk, only before the first push
+    if not oldest <= min(versions) <= max(versions) <= version + 1:
         return f"sampled tokens of the versions {sorted(versions)}, the engine being at {version}"
     return ""
 

@@ -13,6 +13,7 @@ import torch
 from arealite import background
 from arealite.errors import ConfigError, NoServerError, ServerError
 from arealite.inference.server import ServerConfig
+from arealite.inference.tokens import TOKEN
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import faults
 from arealite.testing.fault_proxy import FaultProxy
@@ -226,6 +227,19 @@ def test_when_all_attached_servers_are_gone_requests_end_with_one_clear_line(
             start(engine, 3).result(20)
     assert re.match(r"No server has served for \d+ s: http\S+ is down", str(gone.value))
     assert "`arealite serve` does, raise server.recovery_timeout_s=0.5." in str(gone.value)
+
+
+def test_a_wrong_token_is_told_from_none(
+    scripted_server: Callable[..., ScriptedServer], monkeypatch: pytest.MonkeyPatch
+):
+    server = scripted_server(token="the right one")
+    monkeypatch.delenv(TOKEN, raising=False)
+    with pytest.raises(ServerError, match=r"asks for a token\. Set AREALITE_TOKEN to"):
+        VLLMEngine([server.address])
+    monkeypatch.setenv(TOKEN, "a-wrong-one-of-many-characters")
+    with pytest.raises(ServerError, match=r"refuses the token of this run\. Set") as refused:
+        VLLMEngine([server.address])
+    assert "a-wrong-one" not in str(refused.value)
 
 
 def test_a_server_that_was_started_with_another_folder_for_weights_is_refused_at_once(

@@ -510,6 +510,16 @@ def test_what_an_episode_makes_of_being_cancelled_at_the_end_is_not_a_failure():
     assert rollouts.cursor(0).pending == (0, 1, 2, 3)
 
 
+def test_an_engine_may_be_evaluated_with_the_weights_on_disk_before_the_first_push():
+    async def sample(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        return [trajectory(row, version=engine.version)]
+
+    engine = ScriptedEngine(replies=[])
+    engine.version = -1
+    groups = run_episodes(engine, Workflow(sample), ROWS)
+    assert [group[0].versions for group in groups] == [[-1, -1]] * len(ROWS)
+
+
 def test_evaluation_keeps_the_order_of_the_rows():
     groups = run_episodes(ScriptedEngine(replies=[]), Workflow(answer), ROWS)
     assert [group[0].reward for group in groups] == [float(i) for i in range(10)]
