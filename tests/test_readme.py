@@ -12,7 +12,8 @@ from arealite.rollout.workflows import ChatWorkflow
 from tests.rollout.agents import CalculatorAgent
 
 README = (Path(__file__).parents[1] / "README.md").read_text()
-CALCULATOR, SCRIPT, BAD_NETWORK, CHECK_LOSS, EVALUATION = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+CALCULATOR, SCRIPT, BAD_NETWORK, CHECK_LOSS, EVALUATION = EXAMPLES
 DOCSTRING = re.search(
     r"class CalculatorAgent.*?\n(?=\nArgs)", inspect.getdoc(ChatWorkflow) or "", re.DOTALL
 )

@@ -88,7 +88,8 @@ class Monitor:
         """Give the server up: its requests go elsewhere."""
         if server.state != "down":
             self.num_lost += 1
-            print(f"warning: {server.address} is given up: {reason.split('. ')[0].rstrip('.')}.", flush=True)
+            sentence = reason.split(". ")[0].rstrip(".")
+            print(f"warning: {server.address} is given up: {sentence}.", flush=True)
         self._fleet.lost(server, reason)
         self._pusher.forget(server)
         self._counts[server] = Counts()
