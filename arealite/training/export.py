@@ -11,16 +11,20 @@ from typing import Any
 import torch
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_state_dict,
+    set_state_dict,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
 from arealite import dist
 from arealite.data.models import resolve_model
 from arealite.errors import CheckpointError
+from arealite.training.lora import merged
 
 # Copied, not loaded and saved: a tokenizer class may drop what it does not know.
 TOKENIZER_FILES = (
@@ -42,14 +46,15 @@ def checkpoint_tensors(
     Args:
         model: sharded or not; transformers' names of its weights are turned back into those of
             the checkpoint (mixtures of experts are stored fused, but published one by one).
-        dtypes: per name in the model, what to round to.
+        dtypes: per name in the model as it was loaded, what to round to.
     """
     state = model.state_dict()
     unique = {name for name, _ in model.named_parameters()}
     tied = {name for name, _ in model.named_parameters(remove_duplicate=False)} - unique
-    names = [name for name in state if name not in tied]
-    for group in _convertible(model, names):
-        full = {name: _full(state[name], dtypes[name]) for name in group}
+    for group in _convertible(model, [name for name in dtypes if name not in tied]):
+        # Always a copy: on one rank the full tensor is the weight itself, which the next step
+        # changes.
+        full = {name: merged(model, state, name).to(dtypes[name], copy=True) for name in group}
         yield from revert_weight_conversion(model, full).items()
 
 
@@ -63,13 +68,6 @@ def _convertible(model: PreTrainedModel, names: list[str]) -> list[list[str]]:
         index = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
         groups.setdefault(".".join(parts[: index + 1]) or name, []).append(name)
     return list(groups.values())
-
-
-def _full(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    tensor = tensor.detach()
-    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    # Always a copy: on one rank the full tensor is the weight itself, which the next step changes.
-    return whole.to(dtype, copy=True)
 
 
 def save_pretrained(
@@ -156,6 +154,7 @@ def load_state(
         optimizer,
         model_state_dict=state["model"],
         optim_state_dict=state["optimizer"],
+        options=StateDictOptions(ignore_frozen_params=True, strict=False),
     )
     for group, setting in zip(optimizer.param_groups, settings, strict=True):
         group.update(setting)
@@ -165,5 +164,7 @@ def load_state(
 def _state(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer, counters: dict[str, int]
 ) -> dict[str, Any]:
-    weights, optimizer_state = get_state_dict(module, optimizer)
+    # Frozen weights are those of the model's own files.
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, optimizer_state = get_state_dict(module, optimizer, options=options)
     return {"model": weights, "optimizer": optimizer_state, "counters": dict(counters)}

@@ -28,7 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arealite import dist
 from arealite.errors import ConfigError
-from arealite.training import export
+from arealite.training import export, lora
 from arealite.training.canary import check_model
 from arealite.training.model import PolicyModel, blocks, load_model, on_device
 from arealite.training.optimizer import lr_at, make_optimizer
@@ -66,6 +66,14 @@ class FSDPConfig:
     """Recompute each block in the backward pass: less memory, about a third more time."""
     reshard_after_forward: bool = True
     """Free each block between forward and backward; False is faster and takes more memory."""
+    lora_rank: int = 0
+    """Rank of the LoRA adapters, which alone are trained; 0 trains all weights. They take about
+    ten times the lr. Servers get the merged weights."""
+    lora_alpha: float = 32.0
+    """LoRA's product is scaled by lora_alpha / lora_rank."""
+    lora_layers: tuple[str, ...] = ()
+    """Last parts of the names of the layers that get adapters, such as `q_proj`; empty: all linear
+    layers but the head."""
     cpu_threads: int = 0
     """Threads of one rank without CUDA; 0 is OMP_NUM_THREADS, or else half of the cores."""
     cpu_offload: bool = False
@@ -89,6 +97,8 @@ class FSDPConfig:
             "max_grad_norm": (self.max_grad_norm, self.max_grad_norm > 0, "above 0"),
             "micro_batch_tokens": (self.micro_batch_tokens, self.micro_batch_tokens > 0, "above 0"),
             "cpu_threads": (self.cpu_threads, self.cpu_threads >= 0, "0 or more"),
+            "lora_rank": (self.lora_rank, self.lora_rank >= 0, "0 or more"),
+            "lora_alpha": (self.lora_alpha, self.lora_alpha > 0, "above 0"),
         }
         for name, (value, is_valid, rule) in checks.items():
             if not is_valid:
@@ -117,6 +127,8 @@ class FSDPEngine:
         hf_model = load_model(model)
         # Rounded back to these on export, so that a server gets what it would load from disk.
         self._dtypes = {name: tensor.dtype for name, tensor in hf_model.state_dict().items()}
+        if cfg.lora_rank:
+            lora.add_adapters(hf_model, cfg)
         self._policy = PolicyModel(hf_model)
         self._root = _shard(self._policy, cfg, self._device)
         self._optimizer = make_optimizer(self._policy, cfg)
@@ -134,6 +146,16 @@ class FSDPEngine:
         logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
         self._reshard()
         return logprobs
+
+    def reference_logprobs(self, minibatch: list[MicroBatch]) -> list[torch.Tensor]:
+        """As `logprobs`, of the model before any training. Takes no memory, and needs LoRA."""
+        if not self.cfg.lora_rank:
+            raise ConfigError(
+                "This engine trains all weights, so those of the reference are gone. Set "
+                "train.lora_rank, or make a second FSDPEngine of the same model."
+            )
+        with lora.without_adapters(self._policy.model):
+            return self.logprobs(minibatch)
 
     def step(self, minibatch: list[MicroBatch], loss_fn: LossFn) -> StepStats:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
@@ -274,7 +296,7 @@ def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPMo
     )
     offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
     for block in blocks(policy.model):
-        _cast(block, master)
+        _cast(block, master, but_frozen=is_half)
         fully_shard(
             block,
             mesh=mesh,
@@ -282,7 +304,7 @@ def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPMo
             offload_policy=offload,
             reshard_after_forward=cfg.reshard_after_forward,
         )
-    _cast(policy, master)
+    _cast(policy, master, but_frozen=is_half)
     root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for name in ("hidden", "alone"):
         register_fsdp_forward_method(policy, name)
@@ -298,10 +320,11 @@ def _sharded(root: FSDPModule) -> list[FSDPModule]:
     return [module for module in root.modules() if isinstance(module, FSDPModule)]
 
 
-def _cast(module: torch.nn.Module, dtype: torch.dtype) -> None:
+def _cast(module: torch.nn.Module, dtype: torch.dtype, *, but_frozen: bool) -> None:
     # Block by block, just before it is sharded: only one block is whole in float32 at a time.
     for parameter in module.parameters():
-        if parameter.is_floating_point() and not isinstance(parameter, DTensor):
+        is_kept = but_frozen and not parameter.requires_grad
+        if parameter.is_floating_point() and not is_kept and not isinstance(parameter, DTensor):
             parameter.data = parameter.data.to(dtype)
 
 

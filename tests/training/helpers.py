@@ -132,8 +132,9 @@ def step_gradient(
 
     def keep(*_: object) -> None:
         for name, parameter in engine._policy.model.named_parameters():
-            assert isinstance(parameter.grad, DTensor)
-            gradient[name] = parameter.grad.full_tensor().clone()
+            if parameter.requires_grad:
+                assert isinstance(parameter.grad, DTensor)
+                gradient[name] = parameter.grad.full_tensor().clone()
 
     hook = engine._optimizer.register_step_pre_hook(keep)
     stats = train_step(engine, minibatch, loss_fn)

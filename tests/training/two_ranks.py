@@ -60,6 +60,9 @@ def main(model: str, checkpoint: str, out: Path) -> None:
 
     lonely_gradient, lonely_stats = step_gradient(FSDPEngine(model, CFG), one_trajectory())
 
+    lora = FSDPEngine(model, replace(CFG, lora_rank=4))
+    lora_gradient, lora_stats = step_gradient(lora, minibatch)
+
     resumed = FSDPEngine(model, CFG)
     resumed.load(Path(checkpoint))
     resumed_stats = train_step(resumed, minibatch)
@@ -67,6 +70,8 @@ def main(model: str, checkpoint: str, out: Path) -> None:
         "logprobs": dist.gather(logprobs),
         "num_micro_batches": dist.gather(len(minibatch)),
         "gradient": gradient,
+        "lora_gradient": lora_gradient,
+        "lora_stats": lora_stats,
         "stats": stats,
         "after_next_step_stats": after_next_step_stats,
         "weights": weights,
