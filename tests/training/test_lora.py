@@ -41,13 +41,10 @@ def test_before_the_first_step_the_model_is_the_one_without_adapters(model_path:
 
 def test_only_adapters_train_and_the_optimizer_holds_nothing_else(model_path: str):
     with FSDPEngine(model_path, LORA) as engine:
-        before = {name: p.detach().clone() for name, p in engine._policy.named_parameters()}
+        parameters = dict(engine._policy.named_parameters())
+        before = {name: weight.detach().clone() for name, weight in parameters.items()}
         trained(engine)
-        changed = {
-            name
-            for name, p in engine._policy.named_parameters()
-            if not torch.equal(p, before[name])
-        }
+        changed = {name for name in before if not torch.equal(parameters[name], before[name])}
         num_states = len(engine._optimizer.state)
     assert changed == {name for name in before if "lora_" in name}
     assert num_states == len(changed)
