@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from arealite.types import (
+    Head,
     LossFn,
     MicroBatch,
     ModelRequest,
@@ -67,8 +68,15 @@ class TrainEngine(Protocol):
         """Per micro-batch, each token's log-prob [T] at its temperature; 0 for first tokens."""
         ...
 
-    def step(self, minibatch: list[MicroBatch], loss_fn: LossFn) -> StepStats:
-        """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
+    def step(
+        self, minibatch: list[MicroBatch], loss_fn: LossFn, *, head: Head = "logprobs"
+    ) -> StepStats:
+        """One optimizer step on the sum of the losses of all micro-batches of all ranks.
+
+        Args:
+            head: `logits` gives the loss [T, V], row t divided by the temperature of token t and
+                made from the tokens before it, in place of log-probs [T]; all in memory at once.
+        """
         ...
 
     def named_weights(self) -> Iterator[tuple[str, torch.Tensor]]:

@@ -135,7 +135,10 @@ class LossOutput:
 
 
 LossFn = Callable[[torch.Tensor, MicroBatch], LossOutput]
-"""Takes the current log-probs [T] with gradient and their micro-batch."""
+"""Takes the current log-probs [T] with gradient, or logits [T, V], and their micro-batch."""
+
+Head = Literal["logprobs", "logits"]
+"""What a loss function is given: the log-prob of each token, or the logits it was drawn from."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -32,7 +32,7 @@ from arealite.training import export, lora
 from arealite.training.canary import check_model
 from arealite.training.model import PolicyModel, blocks, load_model, on_device
 from arealite.training.optimizer import lr_at, make_optimizer
-from arealite.types import LossFn, MicroBatch, StepStats
+from arealite.types import Head, LossFn, MicroBatch, StepStats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -157,7 +157,9 @@ class FSDPEngine:
         with lora.without_adapters(self._policy.model):
             return self.logprobs(minibatch)
 
-    def step(self, minibatch: list[MicroBatch], loss_fn: LossFn) -> StepStats:
+    def step(
+        self, minibatch: list[MicroBatch], loss_fn: LossFn, *, head: Head = "logprobs"
+    ) -> StepStats:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
         if not minibatch:
             raise ConfigError("step() got no micro-batch. Pass one minibatch of those pack made.")
@@ -167,23 +169,23 @@ class FSDPEngine:
             is_last = index == len(minibatch) - 1
             self._root.set_requires_gradient_sync(is_last)
             self._root.set_is_last_backward(is_last)
-            sums.append(self._backward(on_device(mb, self._device), loss_fn))
+            sums.append(self._backward(on_device(mb, self._device), loss_fn, head))
         gradients = [_local(p.grad) for p in self._policy.parameters() if p.grad is not None]
         squared_norm = float(torch.nn.utils.get_total_norm(gradients).double() ** 2)
         sums.append({"squared_norm": squared_norm})
         # Summed by name: a rank with only empty micro-batches has no metrics of the loss function.
         return self._update(gradients, _total(dist.gather(_total(sums))))
 
-    def _backward(self, mb: MicroBatch, loss_fn: LossFn) -> dict[str, float]:
+    def _backward(self, mb: MicroBatch, loss_fn: LossFn, head: Head) -> dict[str, float]:
         """Adds the gradient of one micro-batch; its sums, the loss function's as `metrics/...`."""
-        logprobs, entropy = self._policy(mb)
+        found, entropy = self._policy(mb, head)
         if mb.num_sequences == 0:
-            logprobs.sum().backward()
+            found.sum().backward()
             return {}
-        output = loss_fn(logprobs, mb)
+        output = loss_fn(found, mb)
         if not output.total.requires_grad:
             raise ConfigError(
-                "The loss does not depend on the log-probs it was given, so it has no gradient. "
+                "The loss does not depend on what it was given, so it has no gradient. "
                 "Compute LossOutput.total from the function's first argument."
             )
         output.total.backward()

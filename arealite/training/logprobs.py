@@ -37,11 +37,35 @@ def packed_logprobs(
         is_first: [T] bool, True for the first token of each sequence.
         dtype: of all from the logits on, and of what comes back.
     """
-    # Hidden state t - 1 predicts token t. Row 0 stands in for its missing predecessor.
-    before = torch.cat([hidden[:1], hidden[:-1]])
-    temperature = torch.where(temperature == 0, 1.0, temperature).to(dtype)
+    before, temperature = _predecessors(hidden), _divisor(temperature, dtype)
     logprobs, entropy = TokenLogprobs.apply(before, head, token_ids, temperature)
     return logprobs.masked_fill(is_first, 0.0), entropy.masked_fill(is_first, 0.0)
+
+
+def packed_logits(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    temperature: torch.Tensor,
+    is_first: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """Logits [T, V] that token t was drawn from: row t is made from the tokens before t.
+
+    For losses that need more of a distribution than the log-prob of one token; all of them are in
+    memory at once. Arguments as those of `packed_logprobs`; rows of first tokens are 0.
+    """
+    logits = (_predecessors(hidden) @ head.T).to(dtype) / _divisor(temperature, dtype)[:, None]
+    return logits.masked_fill(is_first[:, None], 0.0)
+
+
+def _predecessors(hidden: torch.Tensor) -> torch.Tensor:
+    """Hidden state t - 1 predicts token t. Row 0 stands in for its missing predecessor."""
+    return torch.cat([hidden[:1], hidden[:-1]])
+
+
+def _divisor(temperature: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return torch.where(temperature == 0, 1.0, temperature).to(dtype)
 
 
 class TokenLogprobs(torch.autograd.Function):
@@ -80,14 +104,14 @@ class TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(  # type: ignore[override]
         ctx: torch.autograd.function.FunctionCtx, upstream: torch.Tensor, _: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, None, None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
         """Gradients of hidden and head; tokens with no upstream gradient cost nothing."""
         all_hidden, head, targets, temperature, normalizer = ctx.saved_tensors  # type: ignore[attr-defined]
         used = upstream.nonzero()[:, 0]
         hidden, targets, temperature = all_hidden[used], targets[used], temperature[used]
         normalizer, scale = normalizer[used, None], (upstream[used] / temperature)[:, None]
         grad_hidden = torch.zeros_like(hidden, dtype=temperature.dtype)
-        grad_head = torch.empty_like(head)
+        grad_head = torch.empty_like(head) if ctx.needs_input_grad[1] else None  # type: ignore[attr-defined]
         space = _space(hidden, hidden.dtype)
         for start, part in _tiles(head):
             logits = _logits(hidden, part, temperature, space)
@@ -97,7 +121,8 @@ class TokenLogprobs(torch.autograd.Function):
             grad.scatter_add_(1, column, scale.where(is_here[:, None], 0.0))
             grad = grad.to(head.dtype)
             grad_hidden += grad @ part
-            torch.mm(grad.T, hidden, out=grad_head[start : start + len(part)])
+            if grad_head is not None:
+                torch.mm(grad.T, hidden, out=grad_head[start : start + len(part)])
         grad_all_hidden = torch.zeros_like(all_hidden)
         grad_all_hidden[used] = grad_hidden.to(hidden.dtype)
         return grad_all_hidden, grad_head, None, None

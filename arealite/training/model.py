@@ -8,13 +8,14 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arealite.data.models import resolve_model
 from arealite.errors import ConfigError, DataError
 from arealite.training import attention
-from arealite.training.logprobs import packed_logprobs
-from arealite.types import MicroBatch
+from arealite.training.logprobs import packed_logits, packed_logprobs
+from arealite.types import Head, MicroBatch
 
 
 def load_model(
@@ -82,8 +83,11 @@ class PolicyModel(torch.nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, mb: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-        """As `packed_logprobs`. An empty micro-batch runs one token, so that ranks stay in step."""
+    def forward(self, mb: MicroBatch, head: Head = "logprobs") -> tuple[torch.Tensor, torch.Tensor]:
+        """As `packed_logprobs`, or [T, V] of `packed_logits` in place of its log-probs.
+
+        An empty micro-batch runs one token, so that ranks stay in step.
+        """
         if mb.num_sequences == 0:
             mb = replace(
                 mb,
@@ -91,18 +95,16 @@ class PolicyModel(torch.nn.Module):
                 cu_seqlens=torch.tensor([0, 1], dtype=torch.int32),
                 temperature=mb.temperature.new_ones(1),
             )
-            logprobs, entropy = self.forward(mb)
+            output, entropy = self.forward(mb, head)
             # Not a view: FSDP hangs its backward hook on what comes out here.
-            return logprobs[:0].clone(), entropy[:0]
+            return output[:0].clone(), entropy[:0]
         hidden, layout = self._hidden(mb)
-        return packed_logprobs(
-            hidden,
-            self._head(),
-            mb.token_ids,
-            mb.temperature,
-            layout.position_ids == 0,
-            dtype=_wide(hidden.dtype),
-        )
+        weight, is_first, dtype = self._head(), layout.position_ids == 0, _wide(hidden.dtype)
+        if head == "logits":
+            logits = packed_logits(hidden, weight, mb.temperature, is_first, dtype=dtype)
+            entropy = Categorical(logits=logits.detach()).entropy()
+            return logits, entropy.masked_fill(is_first, 0.0)
+        return packed_logprobs(hidden, weight, mb.token_ids, mb.temperature, is_first, dtype=dtype)
 
     def hidden(self, mb: MicroBatch) -> torch.Tensor:
         """Last hidden states [T, H]; for `check_model`."""

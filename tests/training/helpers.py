@@ -1,7 +1,6 @@
 """Trajectories, a loss and slow references that the tests of this folder share."""
 
 import random
-from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +13,7 @@ from arealite.algo.advantages import group_advantages
 from arealite.algo.losses import clipped_surrogate, importance_weight
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import attach, pack
-from arealite.types import LossOutput, MicroBatch, StepStats, Trajectory
+from arealite.types import Head, LossFn, LossOutput, MicroBatch, StepStats, Trajectory
 
 VOCABULARY = 320  # of make_tiny_model
 
@@ -115,17 +114,21 @@ def ppo_loss(logprobs: torch.Tensor, mb: MicroBatch) -> LossOutput:
 def train_step(
     engine: FSDPEngine,
     minibatch: list[MicroBatch],
-    loss_fn: Callable[[torch.Tensor, MicroBatch], LossOutput] = ppo_loss,
+    loss_fn: LossFn = ppo_loss,
+    *,
+    head: Head = "logprobs",
 ) -> StepStats:
     """One step as recipes take it, with the engine's own log-probs as proximal ones."""
     attached = attach(minibatch, proximal_logprobs=engine.logprobs(minibatch))
-    return engine.step(attached, loss_fn)
+    return engine.step(attached, loss_fn, head=head)
 
 
 def step_gradient(
     engine: FSDPEngine,
     minibatch: list[MicroBatch],
-    loss_fn: Callable[[torch.Tensor, MicroBatch], LossOutput] = ppo_loss,
+    loss_fn: LossFn = ppo_loss,
+    *,
+    head: Head = "logprobs",
 ) -> tuple[dict[str, torch.Tensor], StepStats]:
     """The full gradient that one step gives to the optimizer, by parameter name."""
     gradient: dict[str, torch.Tensor] = {}
@@ -137,7 +140,7 @@ def step_gradient(
                 gradient[name] = parameter.grad.full_tensor().clone()
 
     hook = engine._optimizer.register_step_pre_hook(keep)
-    stats = train_step(engine, minibatch, loss_fn)
+    stats = train_step(engine, minibatch, loss_fn, head=head)
     hook.remove()
     return gradient, stats
 

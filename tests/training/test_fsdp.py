@@ -16,6 +16,7 @@ from arealite.training.packing import pack
 from arealite.types import LossOutput, MicroBatch
 from tests.training.helpers import (
     CFG,
+    VOCABULARY,
     make_groups,
     minibatch_of,
     plain_logprobs,
@@ -121,6 +122,25 @@ def _with_empty(minibatch: list[MicroBatch]) -> list[MicroBatch]:
             aggregation="token",
         )
     return [*minibatch, *more]
+
+
+@pytest.mark.parametrize("max_tokens", [10_000, 64])
+def test_a_loss_of_logits_gives_the_gradient_of_the_same_loss_of_log_probs(
+    engine: FSDPEngine, model_path: str, max_tokens: int
+):
+    def of_logits(logits: torch.Tensor, mb: MicroBatch) -> LossOutput:
+        assert logits.shape == (len(mb.token_ids), VOCABULARY)
+        logprobs = logits.log_softmax(-1).gather(1, mb.token_ids[:, None])[:, 0]
+        return ppo_loss(logprobs, mb)
+
+    expected, stats = step_gradient(engine, minibatch_of(max_tokens=max_tokens))
+    with FSDPEngine(model_path, CFG) as again:
+        found, found_stats = step_gradient(
+            again, minibatch_of(max_tokens=max_tokens), of_logits, head="logits"
+        )
+    assert relative_difference(found, expected) < 2e-6
+    assert found_stats.loss == pytest.approx(stats.loss, rel=1e-5)
+    assert found_stats.metrics["entropy"] == pytest.approx(stats.metrics["entropy"], rel=1e-5)
 
 
 def test_ratio_is_exactly_one_before_the_first_update(engine: FSDPEngine):
@@ -240,7 +260,7 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_nothing_but_the_schedu
 
 
 def test_a_loss_that_does_not_use_its_log_probs_is_refused(engine: FSDPEngine):
-    with pytest.raises(ConfigError, match="does not depend on the log-probs"):
+    with pytest.raises(ConfigError, match="does not depend on what it was given"):
         engine.step(minibatch_of(), lambda logprobs, mb: LossOutput(total=torch.zeros(())))
 
 
