@@ -7,11 +7,14 @@ missing is left out.
 """
 
 import textwrap
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from arealite import dist
+from arealite.training.logprobs import TILE_WIDTH
 
 _LABEL_WIDTH = 33
 _VALUE_WIDTH = 12
@@ -41,6 +44,13 @@ class _ModelShape:
     hidden_size: int
     vocabulary_size: int
     context_tokens: int | None
+    linear_sizes: dict[str, int]
+    """Rows and columns of all linear layers but the head, added up by the last part of the name."""
+
+    def num_adapted(self, rank: int, layers: Sequence[str]) -> int:
+        """Parameters of LoRA adapters of this rank beside these layers; beside all if empty."""
+        sizes = self.linear_sizes
+        return rank * sum(size for name, size in sizes.items() if not layers or name in layers)
 
 
 def explain(cfg: object) -> str:
@@ -151,15 +161,23 @@ def _memory_rows(cfg: object, ranks: int) -> list[_Row]:
     shape = _model_shape(model)
     if isinstance(shape, str):
         return [_Row(label="parameters", value="unknown", note=shape)]
-    tensor = 4 * shape.num_parameters
-    rows = [
-        _row("parameters", shape.num_parameters, model),
-        _Row(label="weights", value=_bytes(tensor), note="float32, of all ranks"),
+    num_trained = shape.num_parameters
+    weights, weights_note = 4 * shape.num_parameters, "float32, of all ranks"
+    rows = [_row("parameters", shape.num_parameters, model)]
+    if rank := _knob(cfg, "train.lora_rank"):
+        num_trained = shape.num_adapted(rank, cfg.train.lora_layers)  # type: ignore[attr-defined]
+        if not _is_float32(cfg):
+            weights, weights_note = 2 * shape.num_parameters, "bfloat16, of all ranks"
+        rows.append(_row("trained parameters", num_trained, f"adapters of train.lora_rank {rank}"))
+        weights += 4 * num_trained
+    tensor = 4 * num_trained
+    rows += [
+        _Row(label="weights", value=_bytes(weights), note=weights_note),
         _Row(label="gradients", value=_bytes(tensor), note="float32, of all ranks"),
         _Row(label="AdamW states", value=_bytes(2 * tensor), note="2 x float32, of all ranks"),
         _Row(
             label="sum per rank",
-            value=_bytes(4 * tensor // ranks),
+            value=_bytes((weights + 3 * tensor) // ranks),
             note=f"FSDP over {_count(ranks, 'rank')}; one gathered block comes on top",
         ),
     ]
@@ -170,23 +188,26 @@ def _micro_batch_memory_rows(cfg: object, shape: _ModelShape) -> list[_Row]:
     num_tokens = _knob(cfg, "train.micro_batch_tokens")
     if not num_tokens:
         return []
-    train = getattr(cfg, "train", None)
-    is_float32 = getattr(train, "dtype", "auto") == "float32" or (
-        getattr(train, "dtype", "auto") == "auto" and not torch.cuda.is_available()
-    )
-    is_recomputed = getattr(train, "activation_checkpointing", False) is True
+    is_float32 = _is_float32(cfg)
+    is_recomputed = getattr(getattr(cfg, "train", None), "activation_checkpointing", False) is True
     kept = shape.num_layers * (_KEPT_WHEN_RECOMPUTED if is_recomputed else _KEPT)
     kept += _KEPT if is_recomputed else 0  # the one layer that is being computed again
     activations = kept * num_tokens * shape.hidden_size * (4 if is_float32 else 2)
     dtype = "float32" if is_float32 else "bfloat16"
     how = ", with checkpointing" if is_recomputed else ""
     note = f"roughly; {num_tokens:,} tokens in {dtype}{how}"
-    logits = 4 * num_tokens * shape.vocabulary_size
-    logits_note = f"float32, x {shape.vocabulary_size:,}; less where cut in chunks"
+    width = min(shape.vocabulary_size, 2 * TILE_WIDTH)
+    logits_note = f"float32, {width:,} of {shape.vocabulary_size:,} columns at a time"
     return [
         _Row(label="activations of a micro-batch", value=_bytes(activations), note=note),
-        _Row(label="logits of a micro-batch, at most", value=_bytes(logits), note=logits_note),
+        _Row(label="logits of it", value=_bytes(4 * num_tokens * width), note=logits_note),
     ]
+
+
+def _is_float32(cfg: object) -> bool:
+    """Whether the trainer computes in float32."""
+    dtype = getattr(getattr(cfg, "train", None), "dtype", "auto")
+    return dtype == "float32" or (dtype == "auto" and not torch.cuda.is_available())
 
 
 def _context_rows(cfg: object, shape: _ModelShape) -> list[_Row]:
@@ -218,12 +239,17 @@ def _read_model_shape(name: str) -> _ModelShape:
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     text_config = config.get_text_config()
+    linear_sizes = Counter[str]()
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+            linear_sizes[name.rpartition(".")[2]] += module.in_features + module.out_features
     return _ModelShape(
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
         vocabulary_size=text_config.vocab_size,
         context_tokens=getattr(text_config, "max_position_embeddings", None),
+        linear_sizes=linear_sizes,
     )
 
 

@@ -25,6 +25,8 @@ class Train:
     micro_batch_tokens: int = 1000
     dtype: Literal["auto", "float32", "bfloat16"] = "float32"
     activation_checkpointing: bool = False
+    lora_rank: int = 0
+    lora_layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,8 +142,16 @@ def test_memory_follows_from_the_model_and_is_shared_by_the_ranks(monkeypatch):
     # 17 numbers of 4 bytes x 2 layers x 8 hidden x 2^20 tokens = 1088 MiB.
     assert rows["Memory: activations of a micro-batch"].startswith("1.1 GiB |")
     # 4 bytes x 50 words x 2^20 tokens.
-    assert rows["Memory: logits of a micro-batch, at most"].startswith("200.0 MiB |")
+    assert rows["Memory: logits of it"].startswith("200.0 MiB |")
     assert rows["Memory: context of the model"].startswith("32 | TOO SHORT")
+
+
+@pytest.mark.usefixtures("model_folder")
+@pytest.mark.parametrize(("layers", "num_trained"), [((), "1,216"), (("q_proj",), "128")])
+def test_lora_trains_its_adapters_alone(layers: tuple[str, ...], num_trained: str):
+    rows = table(Config(train=Train(lora_rank=4, lora_layers=layers)))
+    # Rows and columns: q and o 16 each, k and v 12 each, mlp 3 * 32 = 152. Of 2 layers, times 4.
+    assert rows["Memory: trained parameters"].startswith(f"{num_trained} |")
 
 
 @pytest.mark.usefixtures("model_folder")
