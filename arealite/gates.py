@@ -14,7 +14,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TypeVar
 
@@ -35,7 +35,7 @@ from arealite.diagnosis import (
 from arealite.errors import GateError
 from arealite.rollout.executor import run_episodes
 from arealite.training.checkpoint_tensors import CheckpointTensors
-from arealite.training.packing import attach, pack
+from arealite.training.packing import attach, pack, select
 from arealite.types import MicroBatch, ModelRequest, Row, SamplingParams, Trajectory
 from arealite.weights import push_tensors
 
@@ -423,12 +423,7 @@ def _sequences(
 ) -> Iterator[tuple[MicroBatch, list[int]]]:
     """Each sequence alone in a micro-batch, and the places of its tokens of this version."""
     for mb in itertools.chain(*minibatches):
-        for start, end in itertools.pairwise(mb.cu_seqlens.tolist()):
-            cut = {
-                name: value[start:end]
-                for name in mb.__dataclass_fields__
-                if len(value := getattr(mb, name)) == len(mb.token_ids) and name != "cu_seqlens"
-            }
-            alone = replace(mb, **cut, cu_seqlens=torch.tensor([0, end - start], dtype=torch.int32))
+        for index in range(mb.num_sequences):
+            alone = select(mb, [index])
             if places := (alone.versions == version).nonzero()[:MAX_PLACES, 0].tolist():
                 yield alone, places

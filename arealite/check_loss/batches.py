@@ -5,12 +5,11 @@ N sequences, T packed tokens.
 
 import random
 from dataclasses import dataclass, fields, replace
-from itertools import accumulate, pairwise
 
 import torch
 
 from arealite.algo.advantages import group_advantages
-from arealite.training.packing import Aggregation, attach, deal, pack
+from arealite.training.packing import Aggregation, attach, deal, pack, select, tokens_of
 from arealite.types import MicroBatch, Trajectory
 
 GROUP_SIZES = (4, 1, 3, 2, 4)
@@ -36,21 +35,11 @@ class Batch:
 
     def tokens(self, sequences: list[int]) -> torch.Tensor:
         """Places in [T] of the tokens of these sequences, one sequence after the other."""
-        bounds = list(pairwise(self.mb.cu_seqlens.tolist()))
-        places = [torch.arange(*bounds[index]) for index in sequences]
-        return torch.cat([torch.empty(0, dtype=torch.int64), *places])
+        return tokens_of(self.mb, sequences)
 
     def micro_batch(self, sequences: list[int]) -> MicroBatch:
         """A new micro-batch of these sequences, in this order; one may come twice."""
-        places = self.tokens(sequences)
-        ends = accumulate((self.lengths[index] for index in sequences), initial=0)
-        per_token = {
-            field.name: getattr(self.mb, field.name)[places]
-            for field in fields(self.mb)
-            if getattr(self.mb, field.name).shape == self.logprobs.shape
-        }
-        per_token["cu_seqlens"] = torch.tensor(list(ends), dtype=torch.int32)
-        return replace(self.mb, **per_token)
+        return select(self.mb, sequences)
 
     def trainable(self) -> list[int]:
         """Sequences with at least one trainable token."""

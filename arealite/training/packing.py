@@ -8,7 +8,7 @@ gathered list, so no rank has to be told its part.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from heapq import heapify, heapreplace
 from itertools import accumulate, chain, pairwise
 from typing import Literal, get_args
@@ -85,8 +85,8 @@ def attach(
     ref_logprobs: list[torch.Tensor] | None = None,
 ) -> list[MicroBatch]:
     """The same micro-batches with these fields filled, one tensor [T] per micro-batch."""
-    fields = {"proximal_logprobs": proximal_logprobs, "ref_logprobs": ref_logprobs}
-    for name, values in fields.items():
+    given = {"proximal_logprobs": proximal_logprobs, "ref_logprobs": ref_logprobs}
+    for name, values in given.items():
         if values is None:
             continue
         lengths = [list(value.shape) for value in values]
@@ -118,6 +118,26 @@ class _Sequence:
 
     def __len__(self) -> int:
         return len(self.token_ids)
+
+
+def select(mb: MicroBatch, sequences: Sequence[int]) -> MicroBatch:
+    """A new micro-batch of these sequences of it, in this order; one may come twice."""
+    places = tokens_of(mb, sequences)
+    lengths = mb.cu_seqlens.diff()[list(sequences)]
+    per_token = {
+        field.name: value[places]
+        for field in fields(mb)
+        if len(value := getattr(mb, field.name)) == len(mb.token_ids)  # an optional one is empty
+    }
+    per_token["cu_seqlens"] = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    return replace(mb, **per_token)
+
+
+def tokens_of(mb: MicroBatch, sequences: Sequence[int]) -> torch.Tensor:
+    """Places in [T] of the tokens of these sequences, one sequence after the other."""
+    bounds = list(pairwise(mb.cu_seqlens.tolist()))
+    places = [torch.arange(*bounds[index]) for index in sequences]
+    return torch.cat([torch.empty(0, dtype=torch.int64), *places])
 
 
 def _gather(
