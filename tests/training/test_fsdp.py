@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite import dist
@@ -212,6 +213,72 @@ def test_activation_checkpointing_runs_each_block_once_more(model_path: str):
     train_step(engine, minibatch_of())
     # Two blocks: in logprobs(), in step(), and again in its backward.
     assert len(forwards) == 3 * 2 * len(minibatch_of())
+
+
+def test_activation_checkpointing_keeps_less_for_the_backward_pass(model_path: str):
+    def kept(is_checkpointed: bool) -> int:
+        """Bytes that autograd keeps of one forward pass."""
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        cfg = FSDPConfig(activation_checkpointing=is_checkpointed)
+        with (
+            FSDPEngine(model_path, cfg) as engine,
+            torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        ):
+            engine._policy(minibatch_of()[0])
+        return sum(sizes.values())
+
+    assert kept(True) < 0.5 * kept(False)
+
+
+@pytest.mark.parametrize("reshard_after_forward", [True, False])
+def test_resharding_frees_the_blocks_between_forward_and_backward(
+    model_path: str, reshard_after_forward: bool
+):
+    cfg = FSDPConfig(reshard_after_forward=reshard_after_forward)
+    with FSDPEngine(model_path, cfg) as engine:
+        of_blocks = [name for name, _ in engine._policy.named_parameters() if ".layers." in name]
+
+        def look(logprobs: torch.Tensor, mb: MicroBatch) -> LossOutput:
+            now = dict(engine._policy.named_parameters())
+            are_sharded.append({isinstance(now[name], DTensor) for name in of_blocks})
+            return ppo_loss(logprobs, mb)
+
+        are_sharded: list[set[bool]] = []
+        train_step(engine, minibatch_of(), look)
+    assert are_sharded == [{reshard_after_forward}] * len(minibatch_of())
+
+
+def test_gradients_are_summed_over_ranks_once_after_the_last_micro_batch(
+    engine: FSDPEngine,
+):
+    num_gradients: list[int] = []
+
+    def look(logprobs: torch.Tensor, mb: MicroBatch) -> LossOutput:
+        # What has been summed lies in `grad` of the sharded weights; what has not does not.
+        found = [p.grad for p in engine._root.parameters() if isinstance(p, DTensor)]
+        num_gradients.append(sum(gradient is not None for gradient in found))
+        return ppo_loss(logprobs, mb)
+
+    minibatch = minibatch_of(max_tokens=64)
+    assert len(minibatch) > 2
+    step_gradient(engine, minibatch, look)
+    assert num_gradients == [0] * len(minibatch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_optimizer_keeps_its_state_in_float32_and_updates_in_one_pass(
+    model_path: str, dtype: Any
+):
+    with FSDPEngine(model_path, FSDPConfig(dtype=dtype)) as engine:
+        train_step(engine, minibatch_of())
+        states = engine._optimizer.state.values()
+        assert {v.dtype for state in states for v in state.values()} == {torch.float32}
+        assert all(group["fused"] for group in engine._optimizer.param_groups)
 
 
 def test_bfloat16_computes_roughly_the_same_and_keeps_weights_in_float32(model_path: str):
