@@ -19,12 +19,13 @@ export TOKENIZERS_PARALLELISM ?= false
 test soak: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak mutants lint format clean
+.PHONY: help setup demo test soak gpu-check mutants lint format clean
 
 help:
 	@echo "make demo     train the embedded model with the default recipe, ARGS=\"key=value ...\""
 	@echo "make test     lint, layers, types and tests, as CI runs them, ARGS=\"pytest arguments\""
 	@echo "make soak     the tests that kill real servers or run for minutes"
+	@echo "make gpu-check every path that only runs on a GPU: pass, fail or not run"
 	@echo "make mutants  change the state machine of rollouts in every small way: do its tests notice?"
 	@echo "make lint     all of make test but the tests"
 	@echo "make format   put code and notebooks into the project's format"
@@ -59,6 +60,9 @@ test: lint
 soak: setup
 	$(call stage,soak,$(BIN)/pytest -q --durations=15 -m soak $(ARGS))
 	$(call stage,random kills and faults,$(BIN)/python -m tests.soak.random_faults)
+
+gpu-check: setup
+	$(BIN)/python -m tests.gpu.check
 
 mutants: setup
 	$(call stage,mutants,$(BIN)/mutmut run --max-children 1)

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import pytest
+import torch
 
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import make_tiny_model
@@ -67,6 +68,11 @@ def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
     is_soak = request.node.get_closest_marker("soak") is not None
     with Oracle(deadline_s=900 if is_soak else DEADLINE_S) as oracle:
         yield oracle
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
 
 
 @pytest.fixture(autouse=True)

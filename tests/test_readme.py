@@ -1,6 +1,7 @@
 """The examples of README and of the docstrings run as they are printed."""
 
 import inspect
+import json
 import re
 import textwrap
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from arealite.rollout.workflows import ChatWorkflow
 from tests.rollout.agents import CalculatorAgent
 
-README = (Path(__file__).parents[1] / "README.md").read_text()
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 CALCULATOR, SCRIPT, BAD_NETWORK, CHECK_LOSS, EVALUATION = EXAMPLES
 DOCSTRING = re.search(
@@ -45,3 +47,10 @@ def test_a_model_is_evaluated_without_a_server_as_shown(capsys: pytest.CaptureFi
 def test_the_loss_check_passes_as_shown(capsys: pytest.CaptureFixture[str]):
     exec(CHECK_LOSS, {})
     assert capsys.readouterr().out.startswith("LossCheck(num_comparisons=")
+
+
+def test_the_last_check_of_a_gpu_is_shown_as_it_ended():
+    result = json.loads((ROOT / "benchmarks" / "results" / "gpu_check.json").read_text())
+    counts = f"{result['pass']} passed, {result['fail']} failed, {result['not run']} not run"
+    shown = f"not run yet: {counts}" if result["device"] == "none" else counts
+    assert shown in README

@@ -1,0 +1,48 @@
+"""vLLM servers on a GPU: weights that arrive, and the demo with trainer and server on one GPU."""
+
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from arealite.inference.server import ServerConfig, serve
+from arealite.inference.vllm import VLLMEngine
+from arealite.testing import make_tiny_model
+from tests.inference.parity import assert_agrees_after_each_of_three_pushes
+from tests.oracle import RecipeRun, recipe_runs
+
+pytestmark = pytest.mark.gpu
+pytest.importorskip("vllm", reason="vLLM is not installed")
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., RecipeRun]]:
+    with recipe_runs(tmp_path) as start_with:
+        yield start_with
+
+
+@pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize("transport", ["shared memory", "folder"])
+def test_server_and_trainer_agree_after_each_push(transport: str, is_tied: bool, tmp_path: Path):
+    folder = make_tiny_model(tmp_path / "model", is_tied=is_tied)
+    weights_dir = str(tmp_path / "weights") if transport == "folder" else ""
+    cfg = ServerConfig(weights_dir=weights_dir, memory_share=0.3)
+    with serve(folder, cfg, log_dir=tmp_path) as servers, VLLMEngine(servers) as engine:
+        assert_agrees_after_each_of_three_pushes(engine, folder)
+
+
+def test_the_demo_learns_with_trainer_and_server_on_one_gpu(start: Callable[..., RecipeRun]):
+    run = start("server.gpus=0", "gate.start_prompts=4")
+    run.assert_ended(0, within_s=900)
+    figures = json.loads(run.printed().splitlines()[-1])
+    assert figures["accuracy_before"] <= 0.60
+    assert figures["accuracy_after"] >= 0.90
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_the_demo_learns_with_trainer_and_server_on_a_gpu_each(start: Callable[..., RecipeRun]):
+    run = start("server.gpus=1")
+    run.assert_ended(0, within_s=900)
+    assert json.loads(run.printed().splitlines()[-1])["accuracy_after"] >= 0.90
