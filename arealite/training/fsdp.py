@@ -69,7 +69,7 @@ class FSDPConfig:
     lora_rank: int = 0
     """Rank of the LoRA adapters, which alone are trained; 0 trains all weights. They take about
     ten times the lr. Servers get the merged weights."""
-    lora_alpha: float = 32.0
+    lora_alpha: int = 32
     """LoRA's product is scaled by lora_alpha / lora_rank."""
     lora_layers: tuple[str, ...] = ()
     """Last parts of the names of the layers that get adapters, such as `q_proj`; empty: all linear

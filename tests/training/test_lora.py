@@ -119,7 +119,7 @@ def test_layers_that_cannot_be_adapted_are_refused(
         FSDPEngine(model_path, replace(LORA, lora_layers=layers))
 
 
-@pytest.mark.parametrize("options", [{"lora_rank": -1}, {"lora_alpha": 0.0}])
+@pytest.mark.parametrize("options", [{"lora_rank": -1}, {"lora_alpha": 0}])
 def test_settings_of_lora_are_checked(options: dict[str, Any]):
     with pytest.raises(ConfigError, match=next(iter(options))):
         FSDPConfig(**options)
