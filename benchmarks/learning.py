@@ -96,8 +96,11 @@ def run(name: str, addresses: list[str]) -> dict[str, float | None]:
     with changed(control):
         gsm8k_grpo.main(cfg)
     summary = summarize(read_metrics(cfg.out_dir))
-    gap = {"logprob_gap": round(summary["logprob_gap_mean"], 5)}
-    return final_figures(summary) | gap | {"staleness_max": summary["staleness_max"]}
+    return final_figures(summary) | {
+        "logprob_gap": round(summary["logprob_gap_mean"], 5),
+        "gate_share": round(summary["gate_share"], 4),
+        "staleness_max": summary["staleness_max"],
+    }
 
 
 def table(results: dict[str, dict[str, float]]) -> str:
