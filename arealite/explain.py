@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import torch
 
 from arealite import dist
-from arealite.training.logprobs import TILE_WIDTH
 
 _LABEL_WIDTH = 33
 _VALUE_WIDTH = 12
@@ -24,6 +23,8 @@ _WIDTH = 100
 # alone if the layer is computed again. Source: arXiv:2205.05198 sections 4.1 and 5 (bytes / 2).
 _KEPT = 17
 _KEPT_WHEN_RECOMPUTED = 1
+_COLUMNS = 4096
+"""Of logits that exist at the same time: two tiles of training/logprobs.py."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -196,7 +197,7 @@ def _micro_batch_memory_rows(cfg: object, shape: _ModelShape) -> list[_Row]:
     dtype = "float32" if is_float32 else "bfloat16"
     how = ", with checkpointing" if is_recomputed else ""
     note = f"roughly; {num_tokens:,} tokens in {dtype}{how}"
-    width = min(shape.vocabulary_size, 2 * TILE_WIDTH)
+    width = min(shape.vocabulary_size, _COLUMNS)
     logits_note = f"float32, {width:,} of {shape.vocabulary_size:,} columns at a time"
     return [
         _Row(label="activations of a micro-batch", value=_bytes(activations), note=note),

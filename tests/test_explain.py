@@ -8,8 +8,10 @@ from typing import Literal
 import pytest
 
 from arealite import data
+from arealite import explain as explanation
 from arealite.errors import DataError
 from arealite.explain import explain
+from arealite.training.logprobs import TILE_WIDTH
 from arealite.types import SamplingParams
 
 
@@ -160,6 +162,10 @@ def test_recomputing_and_bfloat16_take_less_memory():
     # (2 layer inputs + 17 of one layer) x 2 bytes x 8 hidden x 2^20 tokens = 304 MiB.
     row = table(Config(train=train))["Memory: activations of a micro-batch"]
     assert row.startswith("304.0 MiB |")
+
+
+def test_logits_are_counted_as_they_are_made():
+    assert explanation._COLUMNS == 2 * TILE_WIDTH
 
 
 def test_memory_of_a_real_size_is_sixteen_bytes_per_parameter_over_the_ranks(tmp_path, monkeypatch):
