@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="arealite", usage="arealite serve [--model MODEL] [server.KEY=VALUE ...]"
     )
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, prog="arealite")
     command = commands.add_parser(
         "serve",
         add_help=False,  # `arealite serve --help` lists the settings

@@ -21,7 +21,9 @@ from arealite.waits import waiting
 
 Item = TypeVar("Item")
 
-TIMEOUT = timedelta(minutes=30)
+TIMEOUT = timedelta(minutes=45)
+"""Of a collective: longer than one rank may work on what the others wait for, which is 30 minutes
+for a batch of rollouts."""
 _FAILURE_KEY = "arealite/failure"
 
 

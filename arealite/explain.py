@@ -166,9 +166,10 @@ def _memory_rows(cfg: object, ranks: int) -> list[_Row]:
     weights, weights_note = 4 * shape.num_parameters, "float32, of all ranks"
     rows = [_row("parameters", shape.num_parameters, model)]
     if rank := _knob(cfg, "train.lora_rank"):
-        num_trained = shape.num_adapted(rank, cfg.train.lora_layers)  # type: ignore[attr-defined]
-        if not _is_float32(cfg):
-            weights, weights_note = 2 * shape.num_parameters, "bfloat16, of all ranks"
+        layers = getattr(getattr(cfg, "train", None), "lora_layers", ())
+        num_trained = shape.num_adapted(rank, layers)
+        if _is_half(cfg):
+            weights, weights_note = 2 * shape.num_parameters, "as in the files, of all ranks"
         rows.append(_row("trained parameters", num_trained, f"adapters of train.lora_rank {rank}"))
         weights += 4 * num_trained
     tensor = 4 * num_trained
@@ -189,26 +190,27 @@ def _micro_batch_memory_rows(cfg: object, shape: _ModelShape) -> list[_Row]:
     num_tokens = _knob(cfg, "train.micro_batch_tokens")
     if not num_tokens:
         return []
-    is_float32 = _is_float32(cfg)
+    is_half = _is_half(cfg)
     is_recomputed = getattr(getattr(cfg, "train", None), "activation_checkpointing", False) is True
     kept = shape.num_layers * (_KEPT_WHEN_RECOMPUTED if is_recomputed else _KEPT)
     kept += _KEPT if is_recomputed else 0  # the one layer that is being computed again
-    activations = kept * num_tokens * shape.hidden_size * (4 if is_float32 else 2)
-    dtype = "float32" if is_float32 else "bfloat16"
+    activations = kept * num_tokens * shape.hidden_size * (2 if is_half else 4)
+    dtype = "bfloat16" if is_half else "float32"
     how = ", with checkpointing" if is_recomputed else ""
     note = f"roughly; {num_tokens:,} tokens in {dtype}{how}"
     width = min(shape.vocabulary_size, _COLUMNS)
     logits_note = f"float32, {width:,} of {shape.vocabulary_size:,} columns at a time"
+    logits = _bytes(4 * num_tokens * width)
     return [
         _Row(label="activations of a micro-batch", value=_bytes(activations), note=note),
-        _Row(label="logits of it", value=_bytes(4 * num_tokens * width), note=logits_note),
+        _Row(label="logits of a micro-batch", value=logits, note=logits_note),
     ]
 
 
-def _is_float32(cfg: object) -> bool:
-    """Whether the trainer computes in float32."""
+def _is_half(cfg: object) -> bool:
+    """Whether the trainer computes in half precision."""
     dtype = getattr(getattr(cfg, "train", None), "dtype", "auto")
-    return dtype == "float32" or (dtype == "auto" and not torch.cuda.is_available())
+    return dtype == "bfloat16" or (dtype == "auto" and torch.cuda.is_available())
 
 
 def _context_rows(cfg: object, shape: _ModelShape) -> list[_Row]:

@@ -15,6 +15,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -33,7 +34,7 @@ from arealite.diagnosis import (
     diagnose,
 )
 from arealite.errors import GateError
-from arealite.rollout.executor import run_episodes
+from arealite.rollout.executor import RolloutConfig, run_episodes
 from arealite.training.checkpoint_tensors import CheckpointTensors
 from arealite.training.packing import attach, pack, select
 from arealite.types import MicroBatch, ModelRequest, Row, SamplingParams, Trajectory
@@ -97,16 +98,24 @@ class LogprobGate:
         self._tensors = CheckpointTensors(model)
         self._spent_s = 0.0
 
-    def check_start(self, workflow: RolloutWorkflow, rows: Sequence[Row]) -> dict[str, float]:
+    def check_start(
+        self,
+        workflow: RolloutWorkflow,
+        rows: Sequence[Row],
+        limits: RolloutConfig | type[RolloutConfig] = RolloutConfig,
+    ) -> dict[str, float]:
         """All that can be checked before the first step, with weights that were just pushed.
 
         Args:
             workflow: the one to train with: its sampling parameters are what has to agree.
             rows: of the data set, the same on every rank; the first few are asked.
+            limits: as in `run_episodes`.
         """
         if self._cfg.start_prompts == 0:
             return {}
-        return self._timed(lambda: self._check_start(workflow, rows))
+        asked = dist.shard(rows[: self._cfg.start_prompts * dist.world_size()])
+        ask = partial(run_episodes, self._inference_engine, workflow, asked, limits=limits)
+        return self._timed(lambda: self._check_start(ask))
 
     def check(self, minibatches: list[list[MicroBatch]], version: int) -> dict[str, float]:
         """Compare tokens of a batch that the current weights sampled; metrics, see `observe`.
@@ -135,10 +144,9 @@ class LogprobGate:
         self._spent_s += time.monotonic() - began_s
         return metrics | {"gate/time_s": self._spent_s}
 
-    def _check_start(self, workflow: RolloutWorkflow, rows: Sequence[Row]) -> dict[str, float]:
+    def _check_start(self, ask: Callable[[], list[list[Trajectory]]]) -> dict[str, float]:
         self._check_names()
-        asked = dist.shard(rows[: self._cfg.start_prompts * dist.world_size()])
-        groups = run_episodes(self._inference_engine, workflow, asked)
+        groups = ask()
         version = self._inference_engine.version
         minibatches = self._scored(groups)
         samples = self._samples(minibatches, version)

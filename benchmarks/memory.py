@@ -3,10 +3,10 @@
     python benchmarks/memory.py                 # 300 steps of the demo: eight minutes on two cores
     python benchmarks/memory.py steps=600 train.lora_rank=16
 
-Every second it notes the resident memory and the open files of the trainer, of the supervisor, and
-of the server's processes together, with the step that the trainer has finished. Slopes are least
-squares over the steps behind the warm-up, in MB per 10 steps; the goal is below 1 for each. The
-last line is JSON.
+Every second it notes the resident memory and the open files of the trainer, of its reward workers,
+of the supervisor, and of the server's processes together, with the step that the trainer has
+finished. Slopes are least squares over the steps behind the warm-up, in MB per 10 steps; the goal
+is below 1 for each. The last line is JSON.
 """
 
 import json
@@ -23,7 +23,12 @@ import psutil
 
 REPOSITORY = Path(__file__).parents[1]
 WARM_UP_STEPS = 60
-PARTS = {"trainer": "gsm8k_grpo.py", "supervisor": "inference.supervisor", "server": "vllm"}
+PARTS = {
+    "rewards": "rewards/worker.py",
+    "trainer": "gsm8k_grpo.py",
+    "supervisor": "inference.supervisor",
+    "server": "vllm",
+}
 """What is in the command line, or the name, of their processes."""
 Sample = tuple[int, float, int]
 """Step, MB resident, open files."""
@@ -38,7 +43,8 @@ def part_of(process: psutil.Process) -> str:
 
 def steps_done(out_dir: Path) -> int:
     path = out_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    content = path.read_text() if path.exists() else ""
+    lines = content[: content.rfind("\n") + 1].splitlines()  # the last may be half written
     return json.loads(lines[-1])["version"] if lines else 0
 
 
@@ -74,10 +80,12 @@ def watch(settings: list[str], out_dir: Path) -> dict[str, list[Sample]]:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
-        samples = watch(sys.argv[1:] or ["steps=300"], Path(folder) / "run")
+        samples = watch(["steps=300", *sys.argv[1:]], Path(folder) / "run")
     figures: dict[str, float] = {}
     print(f"{'':12}{'MB at first':>12}{'MB at last':>12}{'MB/10 steps':>12}{'files':>12}")
     for part, rows in samples.items():
+        if len({step for step, *_ in rows}) < 2:
+            sys.exit(f"No two steps of the {part} behind the first {WARM_UP_STEPS}: raise steps.")
         steps, megabytes, files = zip(*rows, strict=True)
         slope = 10 * linear_regression(steps, megabytes).slope
         few = max(1, len(rows) // 10)

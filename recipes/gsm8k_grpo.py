@@ -5,10 +5,11 @@
     torchrun --nproc-per-node 8 recipes/gsm8k_grpo.py server.addresses=[http://127.0.0.1:8000]
 
 Every rank runs this whole file and owns its prompts from data set row to advantage. Ranks meet in
-pack (to balance work and count tokens), in the engine, in push_weights and in dist.mean. Expected
-curve, hardware and wall-clock: recipes/README.md#gsm8k-grpo.
+next_batch, in pack (to balance work and count tokens), in the engine, in push_weights and in the
+evaluation. Expected curve, hardware and wall-clock: recipes/README.md#gsm8k-grpo.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,10 @@ import torch
 from arealite import dist
 from arealite.algo.advantages import group_advantages
 from arealite.algo.losses import clipped_surrogate, importance_weight
-from arealite.api import InferenceEngine, RolloutWorkflow
 from arealite.checkpoint import RunLock, load_checkpoint, save_checkpoint
 from arealite.config import check_at_least, parse
 from arealite.data import load_rows, load_tokenizer
-from arealite.errors import ArealiteError
+from arealite.errors import ArealiteError, GateError
 from arealite.gates import GateConfig, LogprobGate
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.vllm import VLLMEngine
@@ -33,7 +33,7 @@ from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episod
 from arealite.rollout.workflows import SingleTurnWorkflow
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import attach, pack
-from arealite.types import LossOutput, MicroBatch, Row, SamplingParams
+from arealite.types import LossOutput, MicroBatch, SamplingParams, Trajectory
 from arealite.weights import push_weights
 
 
@@ -78,13 +78,8 @@ class Config:
 
     def __post_init__(self) -> None:
         check_at_least(self, steps=0, group_size=2, minibatches=1, clip_low=0, clip_high=0)
-        check_at_least(
-            self,
-            reward_timeout_s=1e-3,
-            behavior_weight_cap=1,
-            eval_every_steps=1,
-            save_every_steps=1,
-        )
+        check_at_least(self, behavior_weight_cap=1, eval_every_steps=1, save_every_steps=1)
+        check_at_least(self, reward_timeout_s=1e-3)
 
 
 def grpo_loss(logprobs: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput:
@@ -112,20 +107,12 @@ def grpo_loss(logprobs: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput
     )
 
 
-def evaluate(
-    inference_engine: InferenceEngine,
-    workflow: RolloutWorkflow,
-    rows: list[Row],
-    gate: LogprobGate,
-    cfg: Config,
-) -> dict[str, float]:
-    """Mean reward and response length over `rows` of all ranks, whatever the staleness limit.
+def evaluate(ask: Callable[[], list[list[Trajectory]]], gate: LogprobGate) -> dict[str, float]:
+    """Mean reward and response length over the rows of all ranks, whatever the staleness limit.
 
     Fresh samples also show whether server and trainer still compute the same log-probs.
     """
-    groups = run_episodes(
-        inference_engine, workflow, rows, episode_timeout_s=cfg.rollout.episode_timeout_s
-    )
+    groups = ask()
     samples = [sample for group in groups for sample in group]
     return gate.check_fresh(groups) | {
         "eval/reward": dist.mean([sample.reward for sample in samples]),
@@ -138,15 +125,10 @@ def main(cfg: Config) -> None:
     tokenizer = load_tokenizer(cfg.model)
     train_rows = load_rows(cfg.dataset, split="train")
     test_rows = dist.shard(load_rows(cfg.dataset, split="test"))
-    ask = partial(
-        SingleTurnWorkflow,
-        tokenizer,
-        gsm8k_reward,
-        system_prompt=cfg.system_prompt,
-        reward_timeout_s=cfg.reward_timeout_s,
-    )
-    explore = ask(cfg.sampling, group_size=cfg.group_size)
-    greedy = ask(cfg.sampling.greedy())
+    settings = {"system_prompt": cfg.system_prompt, "reward_timeout_s": cfg.reward_timeout_s}
+    answer = partial(SingleTurnWorkflow, tokenizer, gsm8k_reward, **settings)
+    explore = answer(cfg.sampling, group_size=cfg.group_size)
+    greedy = answer(cfg.sampling.greedy())
     loss_fn = partial(grpo_loss, cfg=cfg)
 
     with (
@@ -170,8 +152,8 @@ def main(cfg: Config) -> None:
         rollout_log.resume(start.version)
         # Before the first rollout, so that what cannot work fails now and not after a day.
         push_weights(train_engine, inference_engine, version=start.version)
-        gate.check_start(explore, train_rows)
-        check = partial(evaluate, inference_engine, greedy, test_rows, gate, cfg)
+        gate.check_start(explore, train_rows, cfg.rollout)
+        ask = partial(run_episodes, inference_engine, greedy, test_rows, limits=cfg.rollout)
 
         with RolloutExecutor(
             inference_engine, explore, train_rows, cfg.rollout, seed=cfg.seed, start=start
@@ -179,10 +161,11 @@ def main(cfg: Config) -> None:
             for version in range(start.version, cfg.steps):
                 try:
                     if version % cfg.eval_every_steps == 0 or version == start.version:
-                        metrics.log(version, check())
+                        metrics.log(version, evaluate(ask, gate))
                     groups, lost = rollouts.next_batch(), rollouts.take_lost()
-                except ArealiteError:  # raised on all ranks; nothing of this step has happened
-                    save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version))
+                except ArealiteError as error:  # on all ranks; nothing of this step has happened
+                    if version > start.version and not isinstance(error, GateError):
+                        save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version))
                     raise
                 rollout_log.write(version + 1, groups, lost)
                 minibatches = pack(
@@ -205,7 +188,7 @@ def main(cfg: Config) -> None:
                 if (version + 1) % cfg.save_every_steps == 0 or version + 1 == cfg.steps:
                     save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version + 1))
 
-        metrics.log(inference_engine.version, check())
+        metrics.log(inference_engine.version, evaluate(ask, gate))
         train_engine.save_pretrained(Path(cfg.out_dir) / "model")
         metrics.report(checkpoint=Path(cfg.out_dir) / "model")
 

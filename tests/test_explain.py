@@ -144,7 +144,7 @@ def test_memory_follows_from_the_model_and_is_shared_by_the_ranks(monkeypatch):
     # 17 numbers of 4 bytes x 2 layers x 8 hidden x 2^20 tokens = 1088 MiB.
     assert rows["Memory: activations of a micro-batch"].startswith("1.1 GiB |")
     # 4 bytes x 50 words x 2^20 tokens.
-    assert rows["Memory: logits of it"].startswith("200.0 MiB |")
+    assert rows["Memory: logits of a micro-batch"].startswith("200.0 MiB |")
     assert rows["Memory: context of the model"].startswith("32 | TOO SHORT")
 
 

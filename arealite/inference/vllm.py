@@ -411,14 +411,20 @@ class VLLMEngine:
         except (ServerError, msgspec.MsgspecError):
             return length, None
         server.capacity = told.max_num_seqs
-        wanted = self._cfg.weights_dir and str(Path(self._cfg.weights_dir).resolve())
-        if wanted and told.weights_dir is not None and wanted != told.weights_dir:
-            raise ConfigError(
-                f"server.weights_dir is {wanted}, but {server.address} was started with "
-                f"{told.weights_dir or 'none'}, and reads weights from no other folder. Start it "
-                "with the same server.weights_dir."
-            )
+        self._check_folder(server, told.weights_dir)
         return length, told.vocab_size
+
+    def _check_folder(self, server: Server, allowed: str | None) -> None:
+        """Raise ConfigError if the server will not read from the folder that weights go to."""
+        if not self._cfg.weights_dir or allowed is None:
+            return
+        folder = Path(self._cfg.weights_dir).resolve()
+        if not allowed or not folder.is_relative_to(allowed):
+            raise ConfigError(
+                f"server.weights_dir is {folder}, but {server.address} was started with "
+                f"{allowed or 'none'}, and reads weights only from there. Start it with the same "
+                "server.weights_dir."
+            )
 
     def _make_transport(self) -> Transport:
         if self._cfg.weights_dir:

@@ -10,8 +10,9 @@ from arealite.config import save_config
 from arealite.errors import ConfigError
 from arealite.observe.terminal import show, warn
 
-FIXED_SETTINGS = ("model", "dataset", "seed")
-"""A checkpoint's weights and its place in the rows mean nothing under another one of these."""
+FIXED_SETTINGS = ("model", "dataset", "seed", "train.lora_")
+"""How the settings begin under whose other values a checkpoint's weights, or its place in the rows,
+mean nothing."""
 
 
 def save_settings(cfg: object, out_dir: Path) -> None:
@@ -25,7 +26,7 @@ def save_settings(cfg: object, out_dir: Path) -> None:
     partial = out_dir / ".config.yaml.partial"
     save_config(cfg, partial)
     changes = _changes(path, partial) if path.is_file() else {}
-    fixed = [change for name, change in changes.items() if name.split(".")[0] in FIXED_SETTINGS]
+    fixed = [change for name, change in changes.items() if name.startswith(FIXED_SETTINGS)]
     if fixed and (out_dir / "checkpoints" / "latest").exists():
         partial.unlink()
         raise ConfigError(

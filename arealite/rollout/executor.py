@@ -13,6 +13,7 @@ import concurrent.futures
 import inspect
 import itertools
 import math
+import os
 import sys
 import sysconfig
 import threading
@@ -50,8 +51,8 @@ POLL_S = 0.01
 FATAL = (ConfigError, DataError, NoServerError)
 """What no other row would do better with."""
 NOT_THE_USERS = (
-    str(Path(arealite.__file__).parent),
-    *(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")),
+    str(Path(arealite.__file__).parent) + os.sep,
+    *(sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")),
     "<frozen",
 )
 """Where files begin that are not the user's: ours, Python's and those of installed packages."""
@@ -361,9 +362,10 @@ async def run_episode(
         raise RolloutError("The episode was cancelled from within.") from error
     except BaseException as error:
         if limit.expired():
+            frames = user_frames(error.__cause__ or error)
             raise DeadlineError(
-                f"An episode took longer than rollout.episode_timeout_s={timeout_s:g}. Raise it, "
-                f"or see what took so long:{user_frames(error.__cause__ or error)}"
+                f"An episode took longer than rollout.episode_timeout_s={timeout_s:g}. Raise it"
+                + (f", or see what took so long:{frames}" if frames else ".")
             ) from error
         cause = first_cause(error)
         if not isinstance(cause, Exception):
@@ -377,28 +379,30 @@ def run_episodes(
     workflow: RolloutWorkflow,
     rows: Sequence[Row],
     *,
+    limits: RolloutConfig | type[RolloutConfig] = RolloutConfig,
     max_running: int = 256,
-    episode_timeout_s: float = RolloutConfig.episode_timeout_s,
-    timeout_s: float = 1800.0,
 ) -> list[list[Trajectory]]:
     """The group of each row, for evaluation: at once, whatever the staleness of training.
 
     Rows that the workflow rejects are left out; an episode that fails is tried once more. A
     collective of all ranks, each with rows of its own: what fails on one raises on all.
 
+    Args:
+        limits: whose episode_timeout_s and batch_timeout_s hold; the class has the defaults.
+
     Raises:
         RolloutError: an episode failed, so that a mean would be over other rows than asked for; it
             shows the row.
         NoServerError, ConfigError, DataError: what no other row would do better with.
-        DeadlineError: they took longer than `timeout_s` together.
+        DeadlineError: they took longer than `batch_timeout_s` together.
     """
-    gate = asyncio.Semaphore(max_running)
+    gate, limit_s = asyncio.Semaphore(max_running), limits.episode_timeout_s
 
     async def run_one(row: Row) -> list[Trajectory] | None:
         async with gate:
             for is_last in (False, True):
                 try:
-                    return await run_episode(engine, workflow, row, timeout_s=episode_timeout_s)
+                    return await run_episode(engine, workflow, row, timeout_s=limit_s)
                 except FATAL:
                     raise
                 except Exception as error:
@@ -410,18 +414,31 @@ def run_episodes(
                     print(f"warning: an episode is tried again: {describe(error)}", flush=True)
 
     async def run_all() -> list[list[Trajectory] | None]:
-        async with asyncio.TaskGroup() as episodes:
-            tasks = [episodes.create_task(run_one(row)) for row in rows]
-        return [task.result() for task in tasks]
+        async with asyncio.TaskGroup() as tasks:
+            watcher = tasks.create_task(_fail_with_another_rank())
+            episodes = [tasks.create_task(run_one(row)) for row in rows]
+            for episode in episodes:
+                await episode
+            watcher.cancel()
+        return [episode.result() for episode in episodes]
 
     groups: list[list[Trajectory] | None] = []
     failure: BaseException | None = None
     try:
-        groups = background.run(run_all(), timeout_s=timeout_s, what=f"{len(rows)} episodes")
+        what = f"{len(rows)} episodes (limit rollout.batch_timeout_s)"
+        groups = background.run(run_all(), timeout_s=limits.batch_timeout_s, what=what)
     except Exception as error:
         failure = first_cause(error)
+        dist.announce_failure(describe(failure))
     raise_on_all_ranks(failure)
     return [group for group in groups if group is not None]
+
+
+async def _fail_with_another_rank() -> None:
+    """Raise as soon as another rank has failed; whoever waits for nothing more cancels it."""
+    while not (failure := dist.announced_failure()):
+        await asyncio.sleep(1.0)
+    raise RolloutError(failure)
 
 
 def raise_on_all_ranks(failure: BaseException | None) -> None:

@@ -60,7 +60,8 @@ class ChatWorkflow:
                 for _ in range(self.group_size):
                     samples.append(group.create_task(self.arun_sample(engine, row)))
         except BaseExceptionGroup as failures:
-            raise first_cause(failures) from None
+            cause = first_cause(failures)
+            raise cause from cause.__cause__
         except asyncio.CancelledError:
             for sample in samples:
                 sample.result()  # the same error, with the line of the agent that it came to

@@ -1,9 +1,9 @@
 """Hidden states to token log-probs: the only place that shifts by one.
 
-T packed tokens, H hidden size, V vocabulary. The logits [T, V] never exist at once: they are made
-tile by tile over the vocabulary, all tokens at a time, and again in the backward pass, where each
-token's upstream gradient is known. A tile's rows of the head's gradient are final when it is done,
-so nothing of the size of the head is added up.
+T packed tokens, H hidden size, V vocabulary. For log-probs the logits [T, V] never exist at once:
+they are made tile by tile over the vocabulary, all tokens at a time, and again in the backward
+pass, where each token's upstream gradient is known. A tile's rows of the head's gradient are final
+when it is done, so nothing of the size of the head is added up.
 """
 
 import torch
@@ -49,14 +49,21 @@ def packed_logits(
     is_first: torch.Tensor,
     *,
     dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """Logits [T, V] that token t was drawn from: row t is made from the tokens before t.
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits [T, V] that token t was drawn from, made from the tokens before t, and entropies [T].
 
     For losses that need more of a distribution than the log-prob of one token; all of them are in
-    memory at once. Arguments as those of `packed_logprobs`; rows of first tokens are 0.
+    memory at once. Arguments as those of `packed_logprobs`; 0 for first tokens.
     """
     logits = (_predecessors(hidden) @ head.T).to(dtype) / _divisor(temperature, dtype)[:, None]
-    return logits.masked_fill(is_first[:, None], 0.0)
+    with torch.no_grad():
+        entropy = torch.cat([_entropy(part) for part in logits.split(TILE_WIDTH)])
+    return logits.masked_fill(is_first[:, None], 0.0), entropy.masked_fill(is_first, 0.0)
+
+
+def _entropy(logits: torch.Tensor) -> torch.Tensor:
+    logprobs = logits.log_softmax(-1)
+    return -(logprobs.exp() * logprobs).sum(-1)
 
 
 def _predecessors(hidden: torch.Tensor) -> torch.Tensor:

@@ -36,8 +36,14 @@ def add_adapters(model: PreTrainedModel, cfg: "FSDPConfig") -> None:
             'train.lora_rank needs peft: pip install "arealite[lora]", or set train.lora_rank=0.'
         ) from error
     ends = (model.get_input_embeddings(), model.get_output_embeddings())
-    names = {name.rpartition(".")[2] for name, module in model.named_modules() if module in ends}
-    if names & set(cfg.lora_layers):
+    last_parts = {name.rpartition(".")[2]: module for name, module in model.named_modules()}
+    if unknown := sorted(set(cfg.lora_layers) - last_parts.keys()):
+        linear = [n for n, m in last_parts.items() if isinstance(m, torch.nn.Linear)]
+        raise ConfigError(
+            f"train.lora_layers: the model has no {', '.join(unknown)}. Its linear layers are "
+            f"{', '.join(linear)}."
+        )
+    if any(last_parts[name] in ends for name in cfg.lora_layers):
         raise ConfigError(
             f"train.lora_layers={list(cfg.lora_layers)} has the embedding or the head, whose "
             "adapters would not be trained. Name linear layers of the blocks, such as q_proj."

@@ -1,4 +1,4 @@
-"""A causal language model as a function of a micro-batch: log-probs in, nothing else out.
+"""A causal language model as a function of a micro-batch: log-probs out, or logits.
 
 T packed tokens, H hidden size. `PolicyModel` is the root that FSDP wraps: the head's weight is
 whole only while the root's forward runs, so the log-probs are computed inside of it.
@@ -8,7 +8,6 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from torch.distributions import Categorical
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from arealite.data.models import resolve_model
@@ -77,7 +76,7 @@ def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
 
 
 class PolicyModel(torch.nn.Module):
-    """Micro-batch in, log-probs and entropies out; both [T] float32, or float64 if the model is."""
+    """Micro-batch in, log-probs (or logits) and entropies out, in float32 or float64."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -101,9 +100,7 @@ class PolicyModel(torch.nn.Module):
         hidden, layout = self._hidden(mb)
         weight, is_first, dtype = self._head(), layout.position_ids == 0, _wide(hidden.dtype)
         if head == "logits":
-            logits = packed_logits(hidden, weight, mb.temperature, is_first, dtype=dtype)
-            entropy = Categorical(logits=logits.detach()).entropy()
-            return logits, entropy.masked_fill(is_first, 0.0)
+            return packed_logits(hidden, weight, mb.temperature, is_first, dtype=dtype)
         return packed_logprobs(hidden, weight, mb.token_ids, mb.temperature, is_first, dtype=dtype)
 
     def hidden(self, mb: MicroBatch) -> torch.Tensor:

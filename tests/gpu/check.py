@@ -21,7 +21,10 @@ def run_tests() -> list[dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", f"--junitxml={report}"]
-        subprocess.run([*command, "tests"], cwd=REPOSITORY, check=False)
+        code = subprocess.run([*command, "tests"], cwd=REPOSITORY, check=False).returncode
+        if not report.exists():
+            ending = f"pytest ended with code {code}, as after a crash, and wrote no report"
+            return [{"name": "test_all", "outcome": "fail", "reason": ending}]
         return [read_case(case) for case in ElementTree.parse(report).getroot().iter("testcase")]
 
 
@@ -42,9 +45,10 @@ def main() -> None:
     figures = {outcome: outcomes.count(outcome) for outcome in ("pass", "fail", "not run")}
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     whole = {"device": device, "torch": torch.__version__, **figures, "cases": cases}
-    RESULT.write_text(json.dumps(whole, indent=1) + "\n")
+    if device != "none" or json.loads(RESULT.read_text())["device"] == "none":
+        RESULT.write_text(json.dumps(whole, indent=1) + "\n")
     print(json.dumps({"device": device, **figures}))
-    sys.exit(1 if figures["fail"] else 0)
+    sys.exit(1 if figures["fail"] or not cases else 0)
 
 
 if __name__ == "__main__":

@@ -109,10 +109,14 @@ def test_a_run_continued_from_a_checkpoint_takes_the_same_next_step(
     with FSDPEngine(model_path, cfg) as engine:
         train_step(engine, minibatch_of())
         engine.save(tmp_path)
-        expected = train_step(engine, minibatch_of())
+        train_step(engine, minibatch_of())
+        expected = torch.cat(engine.logprobs(minibatch_of()))
     with FSDPEngine(model_path, cfg) as again:
         again.load(tmp_path)
-        assert train_step(again, minibatch_of()).loss == pytest.approx(expected.loss, rel=1e-4)
+        train_step(again, minibatch_of())
+        torch.testing.assert_close(
+            torch.cat(again.logprobs(minibatch_of())), expected, rtol=1e-3, atol=1e-3
+        )
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

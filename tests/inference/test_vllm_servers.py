@@ -242,14 +242,26 @@ def test_a_wrong_token_is_told_from_none(
     assert "a-wrong-one" not in str(refused.value)
 
 
+@pytest.mark.parametrize(("allowed", "shown"), [("/elsewhere", "/elsewhere"), ("", "none")])
 def test_a_server_that_was_started_with_another_folder_for_weights_is_refused_at_once(
+    scripted_server: Callable[..., ScriptedServer],
+    fault_proxy: Callable[..., FaultProxy],
+    allowed: str,
+    shown: str,
+):
+    proxy = fault_proxy(scripted_server().address)
+    proxy.inject(SetValue("weights_dir", allowed), path="/arealite/model")
+    message = rf"server.weights_dir is /here, but http\S+ was started with {shown},"
+    with pytest.raises(ConfigError, match=message):
+        VLLMEngine([proxy.address], ServerConfig(weights_dir="/here"))
+
+
+def test_weights_may_go_to_any_folder_below_that_of_the_server(
     scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
 ):
     proxy = fault_proxy(scripted_server().address)
-    proxy.inject(SetValue("weights_dir", "/elsewhere"), path="/arealite/model")
-    message = r"server.weights_dir is /here, but http\S+ was started with /elsewhere"
-    with pytest.raises(ConfigError, match=message):
-        VLLMEngine([proxy.address], ServerConfig(weights_dir="/here"))
+    proxy.inject(SetValue("weights_dir", "/here"), path="/arealite/model")
+    VLLMEngine([proxy.address], ServerConfig(weights_dir="/here/run")).close()
 
 
 def test_a_server_restarted_behind_our_back_is_noticed_by_what_it_answers(

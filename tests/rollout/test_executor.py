@@ -7,9 +7,11 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from itertools import count
+from pathlib import Path
 
 import pytest
 
+from arealite import dist
 from arealite.api import InferenceEngine
 from arealite.errors import (
     ConfigError,
@@ -21,9 +23,10 @@ from arealite.errors import (
     TrajectoryError,
 )
 from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episodes
-from arealite.rollout.workflows import ChatWorkflow
+from arealite.rollout.workflows import ChatWorkflow, SingleTurnWorkflow
 from arealite.testing import ScriptedEngine, byte_tokenizer
 from arealite.types import Cursor, LostRow, Row, SamplingParams, Trajectory
+from tests.observe.ranks import run_on_two_ranks
 
 ROWS: list[Row] = [{"id": i} for i in range(10)]
 Episode = Callable[[ScriptedEngine, Row], Awaitable[list[Trajectory] | None]]
@@ -402,10 +405,40 @@ def test_an_evaluation_ends_a_slow_episode_at_its_deadline_with_the_row_and_the_
     group_size: int,
 ):
     agent = SlowAgent(byte_tokenizer(), lambda *_: 0.0, SamplingParams(), group_size=group_size)
+    limits = RolloutConfig(episode_timeout_s=0.05)
     with pytest.raises(RolloutError) as raised:
-        run_episodes(ScriptedEngine(replies=[]), agent, ROWS, episode_timeout_s=0.05)
+        run_episodes(ScriptedEngine(replies=[]), agent, ROWS, limits=limits)
     assert "failed on the row {'id': 1}" in str(raised.value)
     assert str(raised.value).endswith('await asyncio.sleep(100 if row["id"] == 1 else 0)')
+
+
+def test_a_deadline_promises_no_line_where_none_of_the_user_is_on_the_stack():
+    engine = ScriptedEngine(["#### 24"], seconds_per_token=10)
+    workflow = SingleTurnWorkflow(byte_tokenizer(), lambda *_: 0.0, SamplingParams())
+    row = {"question": "Half of 48?", "answer": "#### 24"}
+    with pytest.raises(RolloutError, match=r"episode_timeout_s=0\.05\. Raise it\.$"):
+        run_episodes(engine, workflow, [row], limits=RolloutConfig(episode_timeout_s=0.05))
+
+
+def fail_on_rank_1(folder: Path) -> str:
+    async def fail(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        if dist.rank() == 1:
+            raise TrajectoryError("a row of rank 1")
+        await asyncio.sleep(100)  # its own rows would take much longer than the others' failure
+        return []
+
+    began_s = time.monotonic()
+    try:
+        run_episodes(ScriptedEngine(replies=[]), Workflow(fail), ROWS[:2])
+    except RolloutError as error:
+        assert time.monotonic() - began_s < 50
+        return str(error)
+    return ""
+
+
+def test_an_evaluation_that_fails_on_one_rank_raises_on_all(tmp_path: Path):
+    for failure in run_on_two_ranks(fail_on_rank_1, tmp_path):
+        assert "a row of rank 1" in failure
 
 
 def test_an_evaluation_tries_a_failed_episode_once_more():

@@ -60,6 +60,16 @@ def test_a_workflow_without_arun_sample_says_what_is_missing():
         asyncio.run(workflow.arun_episode(ScriptedEngine(replies=[]), ROW))
 
 
+def test_a_failed_episode_keeps_the_cause_of_its_error():
+    async def fail(text: str, row: Row) -> float:
+        raise OSError("the judge is gone")
+
+    workflow = SingleTurnWorkflow(byte_tokenizer(), fail, SamplingParams(), group_size=2)
+    with pytest.raises(RewardError) as raised:
+        asyncio.run(workflow.arun_episode(ScriptedEngine(replies=["#### 24"]), ROW))
+    assert isinstance(raised.value.__cause__, OSError)
+
+
 def test_a_reward_has_as_long_as_the_workflow_says():
     async def think(text: str, row: Row) -> float:
         await asyncio.sleep(100)
