@@ -10,9 +10,11 @@ from arealite.config import save_config
 from arealite.errors import ConfigError
 from arealite.observe.terminal import show, warn
 
-FIXED_SETTINGS = ("model", "dataset", "seed", "train.lora_")
-"""How the settings begin under whose other values a checkpoint's weights, or its place in the rows,
-mean nothing."""
+FIXED_SETTINGS = (
+    *("model", "dataset", "seed"),
+    *("train.lora_rank", "train.lora_alpha", "train.lora_layers"),
+)
+"""A checkpoint's weights and its place in the rows mean nothing under another one of these."""
 
 
 def save_settings(cfg: object, out_dir: Path) -> None:
@@ -26,7 +28,7 @@ def save_settings(cfg: object, out_dir: Path) -> None:
     partial = out_dir / ".config.yaml.partial"
     save_config(cfg, partial)
     changes = _changes(path, partial) if path.is_file() else {}
-    fixed = [change for name, change in changes.items() if name.startswith(FIXED_SETTINGS)]
+    fixed = [change for name, change in changes.items() if _is_fixed(name)]
     if fixed and (out_dir / "checkpoints" / "latest").exists():
         partial.unlink()
         raise ConfigError(
@@ -38,6 +40,10 @@ def save_settings(cfg: object, out_dir: Path) -> None:
         for change in changes.values():
             show(f"  {change}")
     os.replace(partial, path)
+
+
+def _is_fixed(name: str) -> bool:
+    return any(name == fixed or name.startswith(f"{fixed}.") for fixed in FIXED_SETTINGS)
 
 
 def _changes(before: Path, after: Path) -> dict[str, str]:

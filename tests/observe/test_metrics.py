@@ -20,6 +20,7 @@ from arealite.observe.metrics import (
     rollout_metrics,
     train_metrics,
 )
+from arealite.training.fsdp import FSDPConfig
 from arealite.types import FinishReason, LostRow, StepStats, Trajectory
 from tests.observe.ranks import run_on_two_ranks
 
@@ -322,6 +323,23 @@ def test_another_model_data_set_or_seed_is_refused_if_there_is_a_checkpoint(tmp_
         for _ in range(2):  # the refused settings must not have been saved
             with pytest.raises(ConfigError, match="holds a checkpoint that was made with other"):
                 MetricLogger(tmp_path, changed)
+
+
+def test_other_adapters_than_those_of_the_checkpoint_are_refused(tmp_path: Path):
+    @dataclass(frozen=True, kw_only=True)
+    class WithAdapters:
+        train: FSDPConfig
+
+    def start(**train: Any) -> None:
+        MetricLogger(tmp_path, WithAdapters(train=FSDPConfig(**train))).close()
+
+    start(lora_rank=8)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "latest").write_text("version-00000001")
+    start(lora_rank=8, lr=1.0)
+    for changed in ({"lora_rank": 4}, {"lora_alpha": 8}, {"lora_layers": ("q_proj",)}):
+        with pytest.raises(ConfigError, match=rf"other settings: train\.{next(iter(changed))}: "):
+            start(**({"lora_rank": 8} | changed))
 
 
 def test_a_config_file_that_cannot_be_read_is_replaced(
