@@ -21,6 +21,8 @@ from statistics import linear_regression, median
 
 import psutil
 
+from arealite.observe.json_lines import read_json_lines
+
 REPOSITORY = Path(__file__).parents[1]
 WARM_UP_STEPS = 60
 PARTS = {
@@ -43,9 +45,8 @@ def part_of(process: psutil.Process) -> str:
 
 def steps_done(out_dir: Path) -> int:
     path = out_dir / "metrics.jsonl"
-    content = path.read_text() if path.exists() else ""
-    lines = content[: content.rfind("\n") + 1].splitlines()  # the last may be half written
-    return json.loads(lines[-1])["version"] if lines else 0
+    lines = read_json_lines(path) if path.is_file() else ()
+    return max((line["version"] for line in lines), default=0)
 
 
 def sample(agent: psutil.Process, step: int, samples: dict[str, list[Sample]]) -> None:
