@@ -6,6 +6,8 @@ synchronous functions that need one.
 
 import asyncio
 import concurrent.futures
+import random
+import selectors
 import sys
 import threading
 from collections.abc import Coroutine
@@ -13,6 +15,8 @@ from typing import Any, TypeVar
 
 from arealite.errors import DeadlineError
 from arealite.waits import report, waiting, watch_tasks
+
+SOCKETS_PER_TURN = 64
 
 Result = TypeVar("Result")
 
@@ -25,10 +29,22 @@ def loop() -> asyncio.AbstractEventLoop:
     global _loop
     with _lock:
         if _loop is None:
-            _loop = asyncio.new_event_loop()
+            _loop = asyncio.SelectorEventLoop(_FewAtOnce())
             watch_tasks(_loop)
             threading.Thread(target=_run, args=(_loop,), name="arealite-loop", daemon=True).start()
         return _loop
+
+
+class _FewAtOnce(selectors.DefaultSelector):
+    """Tells of a few sockets in each turn of the loop, of any if there are more.
+
+    After a short hold-up a thousand may be ready. To serve them all would hold up the loop longer,
+    and then more of them are ready. Nothing is lost: what is not told of is ready again at once.
+    """
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        ready = super().select(timeout)
+        return random.sample(ready, SOCKETS_PER_TURN) if len(ready) > SOCKETS_PER_TURN else ready
 
 
 def _run(loop: asyncio.AbstractEventLoop) -> None:

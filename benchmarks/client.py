@@ -6,7 +6,8 @@
 A server in a process of its own holds every request until it is told to answer some, so that 256
 or 2,000 requests are in flight from the first reply of a turn to its last: a client that gets a
 reply asks again at once. The replies are vLLM's, field by field, of 256 or 16,384 tokens with their
-log-probs (36 KB and 2.3 MB), made before the clock starts. Several are on their way at the same
+log-probs (36 KB and 2.3 MB), made before the clock starts; a client that accepts it gets what our
+guard on a server makes of them (4 KB and 230 KB). Several are on their way at the same
 time, as from a fleet of `SENDING` servers, but nothing paces them: they come as fast as the client
 reads, and a turn is one burst of `BURST` replies.
 
@@ -16,14 +17,18 @@ connections and without a limit on their number; a cell has several rounds of tu
 - CPU: `time.process_time` of the whole client process over the replies of a turn, so threads and
   garbage collection are in it, and the server is not. The figure is the median over the rounds; the
   ratio is the median of the ratios within a round.
-- Stall: a task on the same loop sleeps 1 ms, again and again. `stall` is the latest it ever woke;
-  `on CPU` is the largest part of one such delay in which the loop's own thread was computing: the
-  rest is other processes on the same cores. `gc` is the longest single garbage collection.
+- Stall: a task on the same loop sleeps 1 ms, again and again, from before all requests start at
+  once until the last reply of the turn. `late` is the latest it ever woke; `stall` leaves out the
+  time in which the loop's thread could have run but had no core, because other processes had them.
+  `gc` is the longest single garbage collection.
 - Sockets: open file descriptors when a client has closed, less those before it was made.
 
-`bare aiohttp` posts and reads the bytes of the reply, nothing else; `+ json` also parses them with
-the standard library. The last line is JSON, about `VLLMEngine` alone: `cpu_ratio` is its largest
-ratio to bare aiohttp in any cell, `max_stall_ms` its longest stall, `leaked_sockets` its sockets.
+`bare aiohttp` posts and reads the bytes of vLLM's reply, nothing else; `+ json` also parses them
+with the standard library; `compact` reads the bytes that our guard sends. `VLLMEngine, no guard`
+talks to a server that was not started by `arealite serve` and so sends JSON. The last line is JSON:
+`cpu_ratio` is the largest ratio of `VLLMEngine` to bare aiohttp in any cell, `cpu_ratio_no_guard`
+that without the guard, `cpu_ratio_same_bytes` that to `bare aiohttp, compact`; `max_stall_ms` is
+the longest stall of an engine, with or without the guard, `leaked_sockets` what both left open.
 """
 
 import argparse
@@ -45,6 +50,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from io import RawIOBase
 from typing import Any, Self
 
@@ -52,6 +58,7 @@ import aiohttp
 import httpx
 
 from arealite import background
+from arealite.inference.reply_formats import COMPACT, compact
 from arealite.inference.vllm import VLLMEngine
 from arealite.types import ModelRequest, SamplingParams
 
@@ -64,7 +71,8 @@ PROMPT = list(range(1_000, 1_128))
 VOCAB_SIZE = 151_936
 MAX_MODEL_LEN = 32_768
 GENERATE = "/inference/v1/generate"
-REQUEST_ID = b"request-0"  # in a reply its place, for which the server puts the one it was sent
+REQUEST_ID = b"0123456789abcdef-000000"
+"""In a reply its place, for which the server puts the one it was sent."""
 PROBE_S = 0.001
 TURN_TIMEOUT_S = 120.0
 
@@ -108,10 +116,10 @@ def as_float32(value: float) -> float:
     return struct.unpack("f", struct.pack("f", value))[0]
 
 
-def http(body: bytes, status: str = "200 OK") -> bytes:
+def http(body: bytes, status: str = "200 OK", media_type: str = "application/json") -> bytes:
     """A whole reply, with the headers that uvicorn sends."""
     head = f"HTTP/1.1 {status}\r\ndate: Thu, 01 Jan 2026 00:00:00 GMT\r\nserver: uvicorn\r\n"
-    head += f"content-length: {len(body)}\r\ncontent-type: application/json\r\n\r\n"
+    head += f"content-length: {len(body)}\r\ncontent-type: {media_type}\r\n\r\n"
     return head.encode() + body
 
 
@@ -122,12 +130,15 @@ def encode(content: object) -> bytes:
 class HoldingServer:
     """Takes requests of `GENERATE` and commands on standard input, one a line.
 
-    `hold N` ends all connections, holds the requests that come on new ones, and prints a line once
-    there are N. `answer N TOKENS` answers the next N, the oldest first.
+    `hold N GUARDED` ends all connections, holds the requests that come on new ones, and prints a
+    line once there are N; GUARDED is 1 for a server with our guard. `answer N TOKENS` answers the
+    next N, the oldest first.
     """
 
     def __init__(self) -> None:
         self._replies = {tokens: encode(generate_reply(tokens)) for tokens in TOKENS}
+        self._compacted = {reply: compact(reply) or b"" for reply in self._replies.values()}
+        self._is_guarded = True
         self._routes = {
             "/v1/models": encode({"data": [{"id": "served", "max_model_len": MAX_MODEL_LEN}]}),
             "/arealite/model": encode({"vocab_size": VOCAB_SIZE}),
@@ -159,7 +170,8 @@ class HoldingServer:
 
     def _obey(self, command: str, *arguments: str) -> None:
         match command, *map(int, arguments):
-            case "hold", count:
+            case "hold", count, is_guarded:
+                self._is_guarded = bool(is_guarded)
                 for conversation in self._conversations:
                     conversation.cancel()
                 self._held.clear()
@@ -186,17 +198,23 @@ class HoldingServer:
         loop = asyncio.get_running_loop()
         with connection, contextlib.suppress(ConnectionError):
             while request := await next_request(connection):
-                path, body = request
+                path, head, body = request
                 if path == GENERATE:
                     content = next(self._answers, b"") or await self._hold()
-                    request_id = json.loads(body)["request_id"].encode()
-                    reply = http(content.replace(REQUEST_ID, request_id, 1))
+                    is_compact = self._is_guarded and COMPACT in head
                     async with self._sending:
-                        await loop.sock_sendall(connection, reply)
+                        await loop.sock_sendall(connection, self._reply(content, body, is_compact))
                 elif path in self._routes:
                     await loop.sock_sendall(connection, http(self._routes[path]))
                 else:
                     await loop.sock_sendall(connection, http(b"", "404 Not Found"))
+
+    def _reply(self, content: bytes, request: bytes, is_compact: bool) -> bytes:
+        request_id = json.loads(request)["request_id"].ljust(len(REQUEST_ID)).encode()
+        if is_compact:
+            content = self._compacted[content].replace(REQUEST_ID, request_id)
+            return http(content, media_type=COMPACT)
+        return http(content.replace(REQUEST_ID, request_id, 1))
 
     async def _hold(self) -> bytes:
         reply = asyncio.get_running_loop().create_future()
@@ -205,8 +223,8 @@ class HoldingServer:
         return await reply
 
 
-async def next_request(connection: socket.socket) -> tuple[str, bytes] | None:
-    """Path and body of the next request; None at the end."""
+async def next_request(connection: socket.socket) -> tuple[str, str, bytes] | None:
+    """Path, head and body of the next request; None at the end."""
     loop = asyncio.get_running_loop()
     received = b""
     while b"\r\n\r\n" not in received:
@@ -221,7 +239,7 @@ async def next_request(connection: socket.socket) -> tuple[str, bytes] | None:
         if not part:
             return None
         body += part
-    return head.split(b" ")[1].decode(), body
+    return head.split(b" ")[1].decode(), head.decode(), body
 
 
 class ServerProcess:
@@ -289,13 +307,13 @@ def engine(address: str) -> Iterator[Ask]:
 
 
 @contextmanager
-def bare_aiohttp(address: str) -> Iterator[Ask]:
+def bare_aiohttp(address: str, accept: str = "*/*") -> Iterator[Ask]:
     """Post, and read the bytes."""
 
     async def make_session() -> aiohttp.ClientSession:
         return aiohttp.ClientSession(
             connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
-            headers=HEADERS,
+            headers=HEADERS | {"Accept": accept},
             timeout=aiohttp.ClientTimeout(total=None),
         )
 
@@ -343,6 +361,7 @@ class Client:
     """A way to ask, and how much of it fits into the time of this benchmark."""
 
     connect: Callable[[str], AbstractContextManager[Ask]]
+    is_guarded: bool = True  # whether it asks a server with our guard
     is_slow: bool = False  # only one turn in a cell, of a tenth of the replies
 
     def burst(self, tokens: int) -> int:
@@ -353,9 +372,14 @@ class Client:
 CLIENTS = {
     "bare aiohttp": Client(connect=bare_aiohttp),
     "VLLMEngine": Client(connect=engine),
+    "VLLMEngine, no guard": Client(connect=engine, is_guarded=False),
+    "bare aiohttp, compact": Client(connect=partial(bare_aiohttp, accept=COMPACT)),
     "aiohttp + json": Client(connect=aiohttp_and_json, is_slow=True),
     "httpx": Client(connect=bare_httpx, is_slow=True),
 }
+
+
+ENGINES = ("VLLMEngine", "VLLMEngine, no guard")
 
 
 # --- One turn of one client -----------------------------------------------------------------------
@@ -445,11 +469,14 @@ def take_turn(client: Client, server: ServerProcess, *, tokens: int, in_flight: 
     """One burst of replies of so many tokens, with so many requests in flight."""
     gc.collect()  # what the client before left behind is not this one's
     num_files = open_files()
-    server.tell(f"hold {in_flight}")
+    server.tell(f"hold {in_flight} {client.is_guarded:d}")
     with client.connect(server.address) as ask:
+        probe = StallProbe()
+        probing = background.submit(probe.run())
         crowd = on_loop(gather(ask, in_flight))
         server.wait_until_held()
-        cpu_us, probe = on_loop(measure(crowd, server, tokens=tokens, burst=client.burst(tokens)))
+        cpu_us = on_loop(measure(crowd, server, tokens=tokens, burst=client.burst(tokens)))
+        probing.cancel()
         on_loop(crowd.stop())
     on_loop(asyncio.sleep(0.1))  # a closed transport leaves its socket for the loop to close
     return Turn(
@@ -465,20 +492,14 @@ async def gather(ask: Ask, size: int) -> Crowd:
     return Crowd(ask, size)
 
 
-async def measure(
-    crowd: Crowd, server: ServerProcess, *, tokens: int, burst: int
-) -> tuple[float, StallProbe]:
-    """CPU microseconds per reply of one burst, and what its probe saw."""
-    probe = StallProbe()
-    probing = asyncio.create_task(probe.run())
-    await asyncio.sleep(0)
+async def measure(crowd: Crowd, server: ServerProcess, *, tokens: int, burst: int) -> float:
+    """CPU microseconds per reply of one burst."""
     began_s = time.process_time()
     server.tell(f"answer {burst} {tokens}")
     await crowd.replies(burst)
     cpu_us = (time.process_time() - began_s) / burst * 1e6
     await asyncio.sleep(2 * PROBE_S)  # a stall up to the last reply counts, too
-    probing.cancel()
-    return cpu_us, probe
+    return cpu_us
 
 
 def on_loop(coroutine: Any) -> Any:
@@ -496,10 +517,10 @@ Cell = dict[str, list[Turn]]
 """The turns of each client, one a round."""
 
 
-def ratio(cell: Cell, name: str) -> float:
-    """CPU of a client over that of bare aiohttp, turn by turn."""
-    pairs = zip(cell[name], cell["bare aiohttp"], strict=False)  # slow clients have but one turn
-    return statistics.median(turn.cpu_us / bare.cpu_us for turn, bare in pairs)
+def ratio(cell: Cell, name: str, bare: str = "bare aiohttp") -> float:
+    """CPU of a client over that of a bare one, turn by turn."""
+    pairs = zip(cell[name], cell[bare], strict=False)  # slow clients have but one turn
+    return statistics.median(turn.cpu_us / base.cpu_us for turn, base in pairs)
 
 
 def rows(cell: Cell, *, tokens: int, in_flight: int) -> Iterator[str]:
@@ -545,12 +566,17 @@ def main(rounds: int) -> None:
                 cell[name].append(take_turn(client, server, tokens=tokens, in_flight=in_flight))
             print(*rows(cell, tokens=tokens, in_flight=in_flight), sep="\n", flush=True)
             cells.append(cell)
-    turns = [turn for cell in cells for turn in cell["VLLMEngine"]]
-    summary = {
-        "cpu_ratio": round(max(ratio(cell, "VLLMEngine") for cell in cells), 2),
-        "max_stall_ms": round(max(turn.stall_ms for turn in turns), 1),
-        "leaked_sockets": sum(turn.leaked_sockets for turn in turns),
+    turns = [turn for cell in cells for name in ENGINES for turn in cell[name]]
+    ratios = {
+        "cpu_ratio": max(ratio(cell, "VLLMEngine") for cell in cells),
+        "cpu_ratio_no_guard": max(ratio(cell, "VLLMEngine, no guard") for cell in cells),
+        "cpu_ratio_same_bytes": max(
+            ratio(cell, "VLLMEngine", "bare aiohttp, compact") for cell in cells
+        ),
     }
+    summary = {name: round(value, 2) for name, value in ratios.items()}
+    summary["max_stall_ms"] = round(max(turn.stall_ms for turn in turns), 1)
+    summary["leaked_sockets"] = sum(turn.leaked_sockets for turn in turns)
     print(json.dumps(summary))
 
 

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 import aiohttp
 
 from arealite.errors import ServerError
+from arealite.inference.reply_formats import COMPACT
 from arealite.inference.tokens import CLIENT_HEADER
 
 BODY_TIMEOUT_S = 30.0
@@ -66,6 +67,7 @@ class Connection:
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
         self._deadlines = set[asyncio.Timeout]()
         self._lost_reason = ""
+        self._is_closed = False
 
     async def post(
         self,
@@ -101,6 +103,9 @@ class Connection:
         self._deadlines.clear()
 
     async def close(self) -> None:
+        """End every request that runs, and refuse later ones."""
+        self._is_closed = True
+        self.give_up("the connection was closed")
         for session in self._sessions.values():
             await session.close()
         self._sessions = {}
@@ -114,6 +119,8 @@ class Connection:
         echo: bytes,
         may_reuse: bool,
     ) -> bytes:
+        if self._is_closed:
+            raise ServerLostError(f"The connection to {self.address} was closed.")
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
@@ -156,7 +163,7 @@ class Connection:
             if deadline in self._deadlines and limit < (deadline.when() or limit):
                 deadline.reschedule(limit)
             content = await self._read(reply)
-            if reply.status == 200 and b'"request_id"' in content and echo not in content:
+            if reply.status == 200 and b"request_id" in content and echo not in content:
                 reply.close()  # with what else may wait on this connection
                 raise RetryableError(f"{self.address}{path} answered another request.")
         if reply.status != 200:
@@ -190,14 +197,14 @@ class Connection:
         else:
             connector = aiohttp.TCPConnector(**options)
         headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
-        headers[CLIENT_HEADER] = CLIENT_ID
+        headers |= {"Accept": f"{COMPACT}, application/json", CLIENT_HEADER: CLIENT_ID}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         return aiohttp.ClientSession(
             connector=connector,
             headers=headers,
             timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
-            auto_decompress=False,  # what is not plain JSON is refused as such
+            auto_decompress=False,  # what was compressed is refused as such
         )
 
 

@@ -1,67 +1,23 @@
 """What a server says it sampled, as a `ModelResponse`, or an error: nothing is ever guessed."""
 
-import asyncio
 import math
-import time
-from collections import deque
-from collections.abc import Callable
-from functools import partial
-from typing import Any, Literal
 
 import msgspec
 
 from arealite.errors import TrajectoryError
+from arealite.inference.reply_formats import Sampled, Span, is_whole, read_reply
 from arealite.types import ModelResponse
 
 FAILED_LOGPROB = -9998.0
 """vLLM writes -9999 for the log-prob of a token that weights with nan have sampled."""
 
 
-READING_S = 0.0005
-"""Out of each turn of the event loop, for replies that have arrived together."""
-
-
 class UnreadableReplyError(TrajectoryError):
-    """Not JSON: cut off on its way, or from something that is no vLLM server. Worth a retry."""
+    """In no format: cut off on its way, or from something that is no vLLM server. Worth a retry."""
 
 
 class StaleReplyError(TrajectoryError):
     """The server has other weights than those it was given: it was restarted, or missed a push."""
-
-
-# gc=False: nothing here can be part of a cycle, and 16,384 objects a reply would make Python look
-# through all there are, torch's included, again and again: a quarter of a second each time.
-class _Logprob(msgspec.Struct, gc=False):
-    logprob: float
-
-
-class _Logprobs(msgspec.Struct, gc=False):
-    content: list[_Logprob]
-
-
-class _Span(msgspec.Struct, gc=False):
-    version: str
-    start: int
-    end: int
-
-
-class _Choice(msgspec.Struct, gc=False):
-    token_ids: list[int]
-    finish_reason: Literal["stop", "length", "abort"]
-    logprobs: _Logprobs
-    weight_versions: list[_Span] | None = None
-
-
-class _Usage(msgspec.Struct, gc=False):
-    completion_tokens: int
-
-
-class _Reply(msgspec.Struct, gc=False):
-    choices: list[_Choice]
-    usage: _Usage | None = None
-
-
-_DECODER = msgspec.json.Decoder(_Reply)
 
 
 def parse_reply(
@@ -79,29 +35,28 @@ def parse_reply(
         latest_version: newest version that a server can have by now.
 
     Raises:
-        UnreadableReplyError: it is not JSON.
+        UnreadableReplyError: it is neither JSON nor MessagePack.
         StaleReplyError: it was sampled with weights older than `oldest_version`, or never pushed.
         TrajectoryError: tokens, log-probs and versions do not fit together.
     """
-    choice = _choice(content)
-    length = len(choice.token_ids)
-    logprobs = [entry.logprob for entry in choice.logprobs.content]
+    sampled = _read(content)
+    token_ids, logprobs, length = sampled.token_ids, sampled.logprobs, len(sampled.token_ids)
     if len(logprobs) != length:
         raise TrajectoryError(f"A server sent {len(logprobs)} log-probs for {length} tokens.")
-    if length and not FAILED_LOGPROB < min(logprobs) <= max(logprobs) < 1e-3:  # JSON has no nan
-        [first, *_] = [logprob for logprob in logprobs if not FAILED_LOGPROB < logprob < 1e-3]
+    lowest, highest = sampled.logprob_range
+    if not FAILED_LOGPROB < lowest <= highest < 1e-3:
+        first = next(value for value in logprobs if not FAILED_LOGPROB < value < 1e-3)
         raise TrajectoryError(
             f"A server sent the log-prob {first}, which is not finite or not negative: its weights "
             "may hold nan."
         )
-    if length and not 0 <= min(choice.token_ids) <= max(choice.token_ids) < (
-        vocab_size or math.inf
-    ):
+    least, greatest = sampled.id_range
+    if not 0 <= least <= greatest < (vocab_size or math.inf):
         raise TrajectoryError(
-            f"A server sent token ids from {min(choice.token_ids)} to {max(choice.token_ids)}; its "
-            f"model has {vocab_size or 'no negative ones'}."
+            f"A server sent token ids from {least} to {greatest}; its model has "
+            f"{vocab_size or 'no negative ones'}."
         )
-    versions = _versions(choice.weight_versions, length)
+    versions = _versions(sampled.spans, length)
     if versions and oldest_version is not None and versions[0] < oldest_version:
         raise StaleReplyError(
             f"A server sampled with weights of version {versions[0]} after it was given "
@@ -113,69 +68,31 @@ def parse_reply(
             f"{latest_version}: does another run push to it?"
         )
     return ModelResponse(
-        token_ids=choice.token_ids,
+        token_ids=token_ids,
         behavior_logprobs=logprobs,
         versions=versions,
-        finish_reason=choice.finish_reason,
+        finish_reason=sampled.finish_reason,
     )
 
 
-class ReplyReader:
-    """Parses replies on the event loop, a few in each of its turns: nothing else shall wait."""
-
-    def __init__(self) -> None:
-        self._waiting = deque[tuple[asyncio.Future[ModelResponse], Callable[[], ModelResponse]]]()
-
-    async def parse(self, content: bytes, **limits: Any) -> ModelResponse:
-        """What `parse_reply` gives, once it is this reply's turn."""
-        loop = asyncio.get_running_loop()
-        outcome = loop.create_future()
-        if not self._waiting:
-            loop.call_soon(self._parse_some)
-        self._waiting.append((outcome, partial(parse_reply, content, **limits)))
-        return await outcome
-
-    def _parse_some(self) -> None:
-        until_s = time.perf_counter() + READING_S
-        while self._waiting and time.perf_counter() < until_s:
-            outcome, parse = self._waiting.popleft()
-            if outcome.cancelled():
-                continue
-            try:
-                outcome.set_result(parse())
-            except Exception as error:
-                outcome.set_exception(error)
-        if self._waiting:
-            asyncio.get_running_loop().call_soon(self._parse_some)
-
-
-def _choice(content: bytes) -> _Choice:
+def _read(content: bytes) -> Sampled:
     try:
-        reply = _DECODER.decode(content)
-        [choice] = reply.choices
-    except (msgspec.ValidationError, ValueError, RecursionError) as error:
-        kind = TrajectoryError if _is_json(content) else UnreadableReplyError
+        sampled = read_reply(content)
+    except (msgspec.MsgspecError, ValueError, RecursionError) as error:
+        kind = TrajectoryError if is_whole(content) else UnreadableReplyError
         raise kind(
             f"A server's answer is not what vLLM's /inference/v1/generate gives: {error}. It "
             f"begins with {content[:80]!r}."
         ) from error
-    if reply.usage is not None and reply.usage.completion_tokens != len(choice.token_ids):
+    if sampled.num_tokens not in (None, len(sampled.token_ids)):
         raise TrajectoryError(
-            f"A server sent {len(choice.token_ids)} tokens and counts "
-            f"{reply.usage.completion_tokens} of them."
+            f"A server sent {len(sampled.token_ids)} tokens and counts {sampled.num_tokens} of "
+            "them."
         )
-    return choice
+    return sampled
 
 
-def _is_json(content: bytes) -> bool:
-    try:
-        msgspec.json.decode(content, type=msgspec.Raw)
-    except (msgspec.MsgspecError, ValueError, RecursionError):
-        return False
-    return True
-
-
-def _versions(spans: list[_Span] | None, length: int) -> list[int]:
+def _versions(spans: list[Span] | None, length: int) -> list[int]:
     """Weight version of each of `length` tokens, from spans that must partition them."""
     versions: list[int] = []
     is_partition = True

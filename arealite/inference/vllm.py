@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlsplit
@@ -39,9 +40,10 @@ from arealite.inference.connection import (
 from arealite.inference.fleet import Fleet, Server
 from arealite.inference.monitor import Monitor
 from arealite.inference.pusher import Pusher
-from arealite.inference.reply import ReplyReader, StaleReplyError, UnreadableReplyError
+from arealite.inference.reply import StaleReplyError, UnreadableReplyError, parse_reply
 from arealite.inference.server import ServerConfig, Servers
 from arealite.inference.transport import Disk, SharedMemory, Transport
+from arealite.inference.turns import Spread
 from arealite.types import ModelRequest, ModelResponse
 from arealite.waits import waiting
 
@@ -51,6 +53,14 @@ MAX_LOST_SERVERS = 5
 """A request whose servers died so often may be the reason."""
 SLOW_FACTOR = 10
 """A request that takes so many times as long as nine in ten of late is asked again."""
+
+STARTS_PER_TURN = 16
+"""Requests that begin in one turn of the event loop: 2 ms, with a connection for each."""
+READING_S = 0.0005
+"""Out of each turn of the loop, for replies that have arrived together."""
+
+USUAL_THRESHOLD, OUR_THRESHOLD = gc.get_threshold()[2], 1000
+"""Of Python's garbage collector, for looking through all; ours is for who never pushes weights."""
 
 
 class _ModelInfo(msgspec.Struct):
@@ -64,8 +74,8 @@ class _ModelInfo(msgspec.Struct):
 class VLLMEngine:
     """`InferenceEngine` over running vLLM servers. Use it as a context manager, or close it.
 
-    Until then what exists now is left out of garbage collection, which takes longer the more there
-    is: a cycle of objects that is dropped meanwhile goes when the engine is closed.
+    Until then garbage collection leaves out what exists now, and looks through all of the rest only
+    when weights are pushed: with thousands of requests in flight it holds up replies.
 
     Args:
         servers: what `serve()` gives, or `http://host:port` of each server.
@@ -106,7 +116,8 @@ class VLLMEngine:
         self._watching: concurrent.futures.Future[None] | None = None
         self._transport: Transport | None = None
         self._look_again = asyncio.Event()
-        self._reader = ReplyReader()
+        self._starting = Spread(per_turn=STARTS_PER_TURN)
+        self._reading = Spread(slice_s=READING_S)
         self._durations_s = deque[float](maxlen=256)
         self._num_durations = 0
         self._usual_s = math.inf
@@ -130,6 +141,7 @@ class VLLMEngine:
         self._watching.add_done_callback(self._end_requests)
         # Looking through all that torch and transformers have made would hold up every reply.
         gc.freeze()
+        gc.set_threshold(*gc.get_threshold()[:2], OUR_THRESHOLD)
 
     @property
     def version(self) -> int:
@@ -138,6 +150,8 @@ class VLLMEngine:
 
     @version.setter
     def version(self, version: int) -> None:
+        if version != self._fleet.version:  # another rank has pushed
+            gc.collect()
         self._fleet.version = version
 
     @property
@@ -173,6 +187,7 @@ class VLLMEngine:
                 f"{self.max_model_len}. Filter out long rows, or raise server.max_model_len "
                 "(up to what the model allows)."
             )
+        await self._starting.wait()
         budget = min(request.sampling.max_new_tokens, room)
         response = await self._generate(request, budget)
         if response.finish_reason == "length" and budget < request.sampling.max_new_tokens:
@@ -185,6 +200,7 @@ class VLLMEngine:
         keep: running requests freeze in place, new ones queue. drain: running requests end first.
         """
         self._pusher.pause()
+        gc.collect()
 
     def resume(self) -> None:
         """Let the requests go on.
@@ -224,6 +240,7 @@ class VLLMEngine:
 
     def close(self) -> None:
         """Close all connections. The servers stay; `serve()` owns them."""
+        gc.set_threshold(*gc.get_threshold()[:2], USUAL_THRESHOLD)
         gc.unfreeze()
         watching, self._watching = self._watching, None  # first, so that requests see why
         if watching is not None:
@@ -300,12 +317,9 @@ class VLLMEngine:
                     echo=request_id.encode(),
                     may_reuse=may_reuse,
                 )
-            response = await self._reader.parse(
-                content,
-                vocab_size=self._vocab_size,
-                oldest_version=oldest_version,
-                latest_version=self.version + 1,
-            )
+            limits = {"vocab_size": self._vocab_size, "oldest_version": oldest_version}
+            limits["latest_version"] = self.version + 1
+            response = await self._reading.run(partial(parse_reply, content, **limits))
         except StaleReplyError as error:
             if self.version < 0:
                 raise ServerError(str(error)) from error
@@ -438,7 +452,6 @@ class VLLMEngine:
 
     async def _disconnect(self) -> None:
         for connection in self._connections.values():
-            connection.give_up("the engine was closed")
             await connection.close()
 
 

@@ -1,7 +1,8 @@
 """What arealite adds to the HTTP side of a vLLM server, through its `--middleware` option.
 
 A token on every path (vLLM's own `--api-key` leaves /pause, /collective_rpc and others open), an
-end to pauses whose trainer has died, and /arealite/model. Pure ASGI: no framework is needed.
+end to pauses whose trainer has died, /arealite/model, and replies in a tenth of their bytes. Pure
+ASGI: no framework is needed.
 """
 
 import asyncio
@@ -12,6 +13,7 @@ import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from arealite.inference.reply_formats import COMPACT, compact
 from arealite.inference.tokens import CLIENT_HEADER, TOKEN
 from arealite.inference.transport import WEIGHTS_DIR
 
@@ -19,6 +21,7 @@ Scope = MutableMapping[str, Any]
 App = Callable[[Scope, Any, Any], Awaitable[None]]
 
 OPEN_PATH = "/health"
+GENERATE = "/inference/v1/generate"
 LEASE_S = 20.0
 """A pause ends when the client that asked for it has not been heard of for so long."""
 UNFINISHED = "unfinished-update"
@@ -47,6 +50,8 @@ class Guard:
         if scope["path"] == "/arealite/model":
             return await _answer(send, 200, _describe_model(scope["app"]))
         self._follow(scope, headers.get(CLIENT_HEADER.lower().encode(), b""))
+        if scope["path"] == GENERATE and COMPACT.encode() in headers.get(b"accept", b""):
+            send = _CompactSend(send)
         await self._app(scope, receive, self._noting_the_end(scope, send))
 
     def _is_allowed(self, path: str, authorization: bytes) -> bool:
@@ -113,6 +118,42 @@ class Guard:
             await self._app(request, receive, send)
         except Exception as error:  # an update that is abandoned fails by design
             print(f"{path}: {error}", flush=True)
+
+
+class _CompactSend:
+    """A `send` that passes a reply on in fewer bytes; one that is not of tokens as it is."""
+
+    def __init__(self, send: Any) -> None:
+        self._send = send
+        self._start: Any = None  # of the reply, until its end is there
+        self._body = b""
+
+    async def __call__(self, message: Any) -> None:
+        if message["type"] == "http.response.start" and _is_json_reply(message):
+            self._start = message
+        elif self._start is None:
+            await self._send(message)
+        else:
+            self._body += message.get("body", b"")
+            if not message.get("more_body", False):
+                await self._send_all()
+
+    async def _send_all(self) -> None:
+        body = compact(self._body)
+        if body is not None:
+            headers = [
+                pair
+                for pair in self._start["headers"]
+                if pair[0] not in (b"content-type", b"content-length")
+            ]
+            headers += [(b"content-type", COMPACT.encode()), (b"content-length", b"%d" % len(body))]
+            self._start = {**self._start, "headers": headers}
+        await self._send(self._start)
+        await self._send({"type": "http.response.body", "body": body or self._body})
+
+
+def _is_json_reply(start: Any) -> bool:
+    return start["status"] == 200 and (b"content-type", b"application/json") in start["headers"]
 
 
 def _describe_model(app: Any) -> dict[str, Any]:

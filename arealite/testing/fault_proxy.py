@@ -18,11 +18,13 @@ from urllib.parse import urlsplit
 
 import aiohttp
 
-from arealite.testing.loop_thread import SETTLE_S, LoopThread
+from arealite.testing.loop_thread import LoopThread, stop_accepting
 
 MAX_HEAD_BYTES = 2**20
 OF_ONE_HOP = {"connection", "keep-alive", "transfer-encoding", "content-length", "upgrade", "host"}
 """Headers that a proxy does not pass on: it writes its own."""
+ACCEPT = "accept"
+"""Not passed on either: a server then answers in JSON, which faults can read and change."""
 # The session adds these to what the client sent, if it may.
 ADDED_HEADERS = ("User-Agent", "Accept", "Accept-Encoding", "Content-Type")
 
@@ -239,8 +241,8 @@ class FaultProxy:
         return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
 
     async def _shut(self) -> None:
+        await stop_accepting(self._server.sockets)
         self._server.close()
-        await asyncio.sleep(SETTLE_S)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -321,4 +323,4 @@ async def _read_chunks(reader: asyncio.StreamReader) -> bytes:
 
 
 def _end_to_end(headers: Headers) -> Headers:
-    return tuple(pair for pair in headers if pair[0].lower() not in OF_ONE_HOP)
+    return tuple(pair for pair in headers if pair[0].lower() not in {*OF_ONE_HOP, ACCEPT})

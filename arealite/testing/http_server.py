@@ -16,7 +16,7 @@ import msgspec
 from aiohttp import web
 
 from arealite.errors import DeadlineError
-from arealite.testing.loop_thread import SETTLE_S, LoopThread
+from arealite.testing.loop_thread import LoopThread, stop_accepting
 from arealite.testing.scripted_core import Script, ScriptedCore, random_script
 from arealite.testing.scripted_routes import Handler, Routes, errors_as_vllm, json_reply
 
@@ -190,9 +190,9 @@ class ScriptedServer:
     async def _die(self) -> None:
         if self._runner is None:
             return
+        await stop_accepting([self._socket])
         for site in list(self._runner.sites):
             await site.stop()
-        await asyncio.sleep(SETTLE_S)
         assert self._runner.server is not None
         for connection in self._runner.server.connections:
             if connection.transport is not None:

@@ -2,8 +2,10 @@
 
 import asyncio
 import concurrent.futures
+import socket
 import threading
-from collections.abc import Coroutine
+from asyncio.trsock import TransportSocket
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 from arealite.errors import DeadlineError
@@ -12,7 +14,18 @@ Result = TypeVar("Result")
 
 TIMEOUT_S = 30.0
 SETTLE_S = 0.01
-"""After a server has stopped to listen: connections that were on their way in have arrived."""
+"""After a server has stopped to accept: connections that were on their way in have arrived."""
+
+
+async def stop_accepting(listeners: Iterable[socket.socket | TransportSocket]) -> None:
+    """To be awaited before their server is closed; what has come in by then is served.
+
+    Python 3.11 loses a connection that it has accepted while its server is closed: nobody answers
+    on it, and nobody closes it.
+    """
+    for listener in listeners:
+        asyncio.get_running_loop().remove_reader(listener.fileno())
+    await asyncio.sleep(SETTLE_S)
 
 
 class LoopThread:

@@ -14,6 +14,7 @@ import pytest
 
 from arealite.errors import ConfigError, ServerError
 from arealite.inference import vllm_guard
+from arealite.inference.reply_formats import COMPACT, read_reply
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.tokens import CLIENT_HEADER, TOKEN, find_token
 from arealite.inference.vllm import VLLMEngine
@@ -26,18 +27,23 @@ SECRET = "sentinel-5f1c0c9e"
 
 
 class App:
-    """What the guard stands in front of: remembers what comes through."""
+    """What the guard stands in front of: remembers what comes through, and answers with `parts`."""
 
-    def __init__(self) -> None:
+    def __init__(self, *parts: bytes, status: int = 200) -> None:
         self.seen: list[tuple[str, bytes]] = []
+        self._parts, self._status = parts or (b"{}",), status
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body = (await receive())["body"] if scope["method"] == "POST" else b""
         self.seen.append((scope["path"], body))
         if b"is_abandoned" in body:
             raise RuntimeError("this weight update was abandoned")
-        await send({"type": "http.response.start", "status": 200, "headers": []})
-        await send({"type": "http.response.body", "body": b"{}"})
+        length = sum(map(len, self._parts))
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % length)]
+        await send({"type": "http.response.start", "status": self._status, "headers": headers})
+        for part in self._parts:
+            is_last = part is self._parts[-1]
+            await send({"type": "http.response.body", "body": part, "more_body": not is_last})
 
     def paths(self) -> list[str]:
         return [path for path, _ in self.seen]
@@ -45,6 +51,13 @@ class App:
 
 async def ask(guard: Guard, method: str, path: str, **headers: str) -> int:
     """Status of one request."""
+    return (await exchange(guard, method, path, **headers))[0]
+
+
+async def exchange(
+    guard: Guard, method: str, path: str, **headers: str
+) -> tuple[int, dict[bytes, bytes], bytes]:
+    """Status, headers and body of the reply to one request."""
     state = SimpleNamespace(vllm_config=None)
     scope = {
         "type": "http",
@@ -53,16 +66,17 @@ async def ask(guard: Guard, method: str, path: str, **headers: str) -> int:
         "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
         "app": SimpleNamespace(state=state),
     }
-    statuses: list[int] = []
+    sent: list[dict[str, Any]] = []
 
     async def receive() -> dict[str, Any]:
         return {"type": "http.request", "body": b"{}", "more_body": False}
 
     async def send(message: dict[str, Any]) -> None:
-        statuses.append(message.get("status", 0))
+        sent.append(message)
 
     await guard(scope, receive, send)
-    return statuses[0]
+    body = b"".join(message["body"] for message in sent[1:])
+    return sent[0]["status"], dict(sent[0]["headers"]), body
 
 
 @pytest.mark.parametrize(
@@ -157,6 +171,52 @@ def test_a_server_that_other_machines_can_reach_needs_a_token(
         serve("arealite/tiny-math", ServerConfig(host=host))
 
 
+GENERATE = "/inference/v1/generate"
+SAMPLED = {
+    "request_id": "generate-tokens-7",
+    "choices": [
+        {
+            "token_ids": [5, 6],
+            "finish_reason": "stop",
+            "logprobs": {"content": [{"logprob": -0.25}, {"logprob": -1.5}]},
+            "weight_versions": [{"version": "3", "start": 0, "end": 2}],
+        }
+    ],
+    "usage": {"completion_tokens": 2},
+}
+BODY = json.dumps(SAMPLED).encode()
+
+
+def ask_to_generate(app: App, accept: str) -> tuple[int, dict[bytes, bytes], bytes]:
+    return asyncio.run(exchange(Guard(app), "POST", GENERATE, Accept=accept))
+
+
+@pytest.mark.parametrize("parts", [[BODY], [BODY[:9], BODY[9:], b""]], ids=["whole", "in parts"])
+def test_a_client_that_accepts_it_gets_the_same_facts_in_fewer_bytes(parts: list[bytes]):
+    status, headers, body = ask_to_generate(App(*parts), f"{COMPACT}, application/json")
+    assert (status, headers[b"content-type"]) == (200, COMPACT.encode())
+    assert int(headers[b"content-length"]) == len(body) < len(BODY)
+    assert read_reply(body) == read_reply(BODY)
+    assert b"generate-tokens-7" in body  # by which a client knows the reply to its own request
+
+
+@pytest.mark.parametrize("accept", ["", "*/*", "application/json"])
+def test_other_clients_get_what_the_server_sends(accept: str):
+    _, headers, body = ask_to_generate(App(BODY), accept)
+    assert (headers[b"content-type"], body) == (b"application/json", BODY)
+
+
+@pytest.mark.parametrize(
+    ("content", "status"),
+    [(b"{}", 200), (BODY[:-1], 200), (b"", 200), (b"\xff", 200), (BODY, 500)],
+    ids=["other facts", "cut", "empty", "no text", "an error"],
+)
+def test_what_is_no_reply_with_tokens_is_passed_on_as_it_is(content: bytes, status: int):
+    told, headers, body = ask_to_generate(App(content, status=status), COMPACT)
+    assert (told, headers[b"content-type"], body) == (status, b"application/json", content)
+    assert int(headers[b"content-length"]) == len(content)
+
+
 # --- Real vLLM ------------------------------------------------------------------------------------
 
 
@@ -164,13 +224,17 @@ untied = pytest.mark.parametrize("tiny_model", ["untied"], indirect=True)
 """Either model would do: for these tests one is enough."""
 
 
-def fetch(server: RealServer, method: str, path: str, **headers: str) -> bytes:
+def fetch(server: RealServer, method: str, path: str, body: bytes = b"{}", **headers: str) -> bytes:
     """The reply to one request that shows the token."""
     request = urllib.request.Request(
         server.address + path,
-        data=b"{}" if method == "POST" else None,
+        data=body if method == "POST" else None,
         method=method,
-        headers={"Authorization": f"Bearer {server.token}", **headers},
+        headers={
+            "Authorization": f"Bearer {server.token}",
+            "Content-Type": "application/json",
+            **headers,
+        },
     )
     with urllib.request.urlopen(request, timeout=10) as reply:
         return reply.read()
@@ -221,6 +285,19 @@ def test_the_token_is_in_no_log_process_list_exception_or_file(vllm_server: Real
     files = [path for path in vllm_server.run_dir.rglob("*") if path.is_file()]
     assert any(path.name == "server-0.log" for path in files)
     assert [path for path in files if token in path.read_text(errors="replace")] == []
+
+
+@untied
+def test_a_real_server_tells_the_same_in_both_formats(vllm_server: RealServer):
+    sampling = {"max_tokens": 9, "logprobs": 0, "temperature": 0.0, "detokenize": False}
+    request = {"token_ids": [3, 4, 5], "sampling_params": sampling, "request_id": "same"}
+    body = json.dumps(request).encode()
+    bodies = [
+        fetch(vllm_server, "POST", GENERATE, body, Accept=accept)
+        for accept in (COMPACT, "application/json")  # greedy, so that both are alike
+    ]
+    assert len(bodies[0]) * 4 < len(bodies[1])
+    assert read_reply(bodies[0]) == read_reply(bodies[1])
 
 
 @untied

@@ -1,20 +1,24 @@
 """What the client makes of replies that are late, broken or wrong: never a guess, never a hang."""
 
+import copy
 import json
 import math
 import time
+from array import array
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import msgspec
 import pytest
 import torch
-from hypothesis import example, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from arealite import background
 from arealite.errors import ArealiteError, ServerError, TrajectoryError
 from arealite.inference import connection
 from arealite.inference.reply import parse_reply
+from arealite.inference.reply_formats import compact
 from arealite.inference.server import ServerConfig
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import FaultProxy, ScriptedServer
@@ -337,6 +341,19 @@ def valid_reply() -> dict[str, Any]:
     }
 
 
+def in_format(kind: str, reply: Any) -> bytes:
+    """vLLM's valid JSON, or what our guard makes of it."""
+    content = json.dumps(reply).encode()
+    if kind == "json":
+        return content
+    compacted = compact(content)
+    assert compacted is not None
+    return compacted
+
+
+FORMATS = pytest.mark.parametrize("kind", ["json", "compact"])
+
+
 def assert_parsed_or_refused(content: bytes) -> ModelResponse | None:
     """A response in which everything fits, or one of our errors; either within 50 ms of work."""
     began = time.thread_time()
@@ -361,8 +378,9 @@ def assert_fits_together(response: ModelResponse) -> None:
     assert response.finish_reason in ("stop", "length", "abort")
 
 
-def test_a_valid_reply_is_parsed():
-    assert parse_reply(json.dumps(valid_reply()).encode()) == ModelResponse(
+@FORMATS
+def test_a_valid_reply_is_parsed(kind: str):
+    assert parse_reply(in_format(kind, valid_reply())) == ModelResponse(
         token_ids=[10, 11, 12, 13, 14],
         behavior_logprobs=[-0.5, -1.0, -1.5, -2.0, -2.5],
         versions=[3, 3, 3, 4, 4],
@@ -370,16 +388,38 @@ def test_a_valid_reply_is_parsed():
     )
 
 
-def test_a_reply_without_tokens_is_parsed():
+@FORMATS
+def test_a_reply_without_tokens_is_parsed(kind: str):
     reply = valid_reply()
     empty = {"token_ids": [], "logprobs": {"content": []}, "weight_versions": []}
     reply["choices"][0] |= empty | {"finish_reason": "abort"}
     reply["usage"]["completion_tokens"] = 0
-    assert parse_reply(json.dumps(reply).encode()).token_ids == []
+    assert parse_reply(in_format(kind, reply)).token_ids == []
 
 
-def test_no_beginning_of_a_reply_is_taken_for_a_reply():
-    content = json.dumps(valid_reply()).encode()
+def test_every_bit_of_a_logprob_survives_both_formats():
+    reply = valid_reply()
+    exact = [-(2.0**-149), -0.1, -math.pi, -1e-300, -9997.999999999999]
+    for entry, logprob in zip(reply["choices"][0]["logprobs"]["content"], exact, strict=True):
+        entry["logprob"] = logprob
+    for kind in ("json", "compact"):
+        assert parse_reply(in_format(kind, reply)).behavior_logprobs == exact
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_logprob_that_only_the_compact_format_can_hold_is_refused(place: int, value: float):
+    reply = msgspec.msgpack.decode(in_format("compact", valid_reply()))
+    logprobs = array("d", reply["logprobs"])
+    logprobs[place] = value
+    reply["logprobs"] = logprobs.tobytes()
+    with pytest.raises(TrajectoryError, match=f"the log-prob {value}, which is not finite"):
+        parse_reply(msgspec.msgpack.encode(reply))
+
+
+@FORMATS
+def test_no_beginning_of_a_reply_is_taken_for_a_reply(kind: str):
+    content = in_format(kind, valid_reply())
     for end in range(len(content)):
         with pytest.raises(TrajectoryError, match="is not what vLLM's"):
             parse_reply(content[:end])
@@ -401,6 +441,9 @@ NASTY = {
     "not UTF-8": b'{"choices": "\xff\xfe"}',
     "UTF-16": json.dumps(valid_reply()).encode("utf-16"),
     "two documents": json.dumps(valid_reply()).encode() * 2,
+    "deep lists of MessagePack": b"\x91" * DEEP + b"\xc0",
+    "a list of 4 billion items": b"\x81\xa9token_ids\xdd\xff\xff\xff\xff",
+    "two documents of MessagePack": in_format("compact", valid_reply()) * 2,
 }
 
 
@@ -433,6 +476,15 @@ JSON_VALUES = st.recursive(
 @given(JSON_VALUES)
 def test_any_json_is_parsed_or_refused(value: Any):
     assert_parsed_or_refused(json.dumps(value).encode())
+    assert_parsed_or_refused(as_message_pack(value))
+
+
+def as_message_pack(value: Any) -> bytes:
+    try:
+        return msgspec.msgpack.encode(value)
+    except (OverflowError, UnicodeEncodeError):
+        assume(False)
+        raise
 
 
 def places(value: Any) -> list[tuple[Any, Any]]:
@@ -445,10 +497,13 @@ def places(value: Any) -> list[tuple[Any, Any]]:
     return found
 
 
+@FORMATS
 @settings(max_examples=500, deadline=None)
-@given(st.data())
-def test_a_mutilated_reply_is_parsed_or_refused(data: st.DataObject):
+@given(data=st.data())
+def test_a_mutilated_reply_is_parsed_or_refused(data: st.DataObject, kind: str):
     reply: Any = valid_reply()
+    if kind == "compact":
+        reply = msgspec.msgpack.decode(in_format(kind, reply))
     for _ in range(data.draw(st.integers(1, 3), label="mutations")):
         found = places(reply)
         if not found:
@@ -458,20 +513,23 @@ def test_a_mutilated_reply_is_parsed_or_refused(data: st.DataObject):
             case "delete":
                 del parent[key]
             case "replace":
-                parent[key] = data.draw(JSON_VALUES, label="value")
+                values = JSON_VALUES if kind == "json" else JSON_VALUES | st.binary(max_size=40)
+                parent[key] = data.draw(values, label="value")
             case "repeat" if isinstance(parent, list):
                 parent.insert(key, parent[key])
             case "swap":
                 other, other_key = found[data.draw(st.integers(0, len(found) - 1), label="other")]
-                parent[key] = json.loads(json.dumps(other[other_key]))
-    assert_parsed_or_refused(json.dumps(reply).encode())
+                parent[key] = copy.deepcopy(other[other_key])
+    is_json = kind == "json"
+    assert_parsed_or_refused(json.dumps(reply).encode() if is_json else as_message_pack(reply))
 
 
+@FORMATS
 @settings(deadline=None)
-@given(st.integers(0, 10_000), st.binary(min_size=1, max_size=3))
-@example(0, b"\xef\xbb\xbf")
-def test_a_reply_with_foreign_bytes_in_it_is_parsed_or_refused(at: int, foreign: bytes):
-    content = json.dumps(valid_reply()).encode()
+@given(at=st.integers(0, 10_000), foreign=st.binary(min_size=1, max_size=3))
+@example(at=0, foreign=b"\xef\xbb\xbf")
+def test_a_reply_with_foreign_bytes_in_it_is_parsed_or_refused(kind: str, at: int, foreign: bytes):
+    content = in_format(kind, valid_reply())
     at %= len(content)
     assert_parsed_or_refused(content[:at] + foreign + content[at:])
     assert_parsed_or_refused(content[:at] + foreign + content[at + len(foreign) :])
