@@ -317,9 +317,14 @@ class VLLMEngine:
                     echo=request_id.encode(),
                     may_reuse=may_reuse,
                 )
-            limits = {"vocab_size": self._vocab_size, "oldest_version": oldest_version}
-            limits["latest_version"] = self.version + 1
-            response = await self._reading.run(partial(parse_reply, content, **limits))
+            read = partial(
+                parse_reply,
+                content,
+                vocab_size=self._vocab_size,
+                oldest_version=oldest_version,
+                latest_version=self.version + 1,
+            )
+            response = await self._reading.run(read)
         except StaleReplyError as error:
             if self.version < 0:
                 raise ServerError(str(error)) from error

@@ -13,12 +13,14 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import aiohttp
 import pytest
 
 from arealite.errors import ConfigError
+from arealite.inference.reply_formats import COMPACT
 from arealite.testing import FaultProxy, ScriptedServer
 from arealite.testing.fault_proxy import Exchange, Fault, Reply
 from arealite.testing.faults import (
@@ -166,6 +168,30 @@ def test_headers_and_body_reach_the_server(
     assert get(proxy.address, "/is_paused", Authorization="Bearer secret")[0] == 200
     post_generate(proxy.address)
     assert json.loads(server.bodies(GENERATE)[0])["token_ids"] == [1, 2, 3]
+
+
+class Echo(BaseHTTPRequestHandler):
+    """Answers with the headers that it was asked with."""
+
+    def do_GET(self) -> None:
+        body = json.dumps({name.lower(): value for name, value in self.headers.items()}).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_server_is_not_told_of_other_formats_than_json(fault_proxy: Callable[..., FaultProxy]):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Echo) as server:
+        threading.Thread(target=server.serve_forever).start()
+        proxy = fault_proxy(f"http://127.0.0.1:{server.server_port}")
+        _, body = get(proxy.address, "/", **{"Accept": COMPACT, "X-Of-The-Client": "1"})
+        server.shutdown()
+    headers = json.loads(body)
+    assert "accept" not in headers
+    assert headers["x-of-the-client"] == "1"
 
 
 def test_a_body_in_chunks_reaches_the_server(server: ScriptedServer, proxy: FaultProxy):
