@@ -7,7 +7,7 @@ A server in a process of its own holds every request until it is told to answer 
 or 2,000 requests are in flight from the first reply of a turn to its last: a client that gets a
 reply asks again at once. The replies are vLLM's, field by field, of 256 or 16,384 tokens with their
 log-probs (36 KB and 2.3 MB), made before the clock starts; a client that accepts it gets what our
-guard on a server makes of them (4 KB and 230 KB). Several are on their way at the same
+guard on a server makes of them (3 KB and 197 KB). Several are on their way at the same
 time, as from a fleet of `SENDING` servers, but nothing paces them: they come as fast as the client
 reads, and a turn is one burst of `BURST` replies.
 

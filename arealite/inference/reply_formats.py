@@ -2,7 +2,7 @@
 
 vLLM sends JSON, some 140 bytes for a token, most of them names of fields. For a client that accepts
 `COMPACT`, our guard on the server puts the same facts into MessagePack, ids and log-probs as plain
-arrays: 12 bytes for a token, and a tenth of the time to read them.
+arrays: 12 bytes for a token, and a seventh of the time to read them.
 """
 
 from dataclasses import dataclass
@@ -89,9 +89,7 @@ def read_reply(content: bytes) -> Sampled:
 def compact(content: bytes) -> bytes | None:
     """A reply of vLLM's as `COMPACT`; None if it is not one that can be told in full."""
     try:
-        reply = _JSON_DECODER.decode(content)
-        [choice] = reply.choices
-        logprobs = [entry.logprob for entry in choice.logprobs.content]
+        reply, choice, logprobs = _decode_json(content)
         facts = _Compact(
             request_id=reply.request_id,
             token_ids=np.array(choice.token_ids, _IDS).tobytes(),
@@ -105,11 +103,15 @@ def compact(content: bytes) -> bytes | None:
     return msgspec.msgpack.encode(facts)
 
 
-def _read_json(content: bytes) -> Sampled:
+def _decode_json(content: bytes) -> tuple[_Reply, _Choice, list[float]]:
     reply = _JSON_DECODER.decode(content)
     [choice] = reply.choices
+    return reply, choice, [entry.logprob for entry in choice.logprobs.content]
+
+
+def _read_json(content: bytes) -> Sampled:
+    reply, choice, logprobs = _decode_json(content)
     token_ids = choice.token_ids
-    logprobs = [entry.logprob for entry in choice.logprobs.content]
     return Sampled(
         token_ids=token_ids,
         logprobs=logprobs,
