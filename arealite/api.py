@@ -25,9 +25,8 @@ class InferenceEngine(Protocol):
 
         response = await engine.agenerate(request)          # many at once, on the rollout thread
 
-        engine.pause()                                      # main thread: requests freeze in place
-        engine.receive_weights(named_weights, version=8)    # and go on with the new weights
-        engine.resume()
+        engine.receive_weights(named_weights, version=8)    # main thread: requests freeze in place
+                                                            # and go on with the new weights
     """
 
     @property
@@ -50,7 +49,10 @@ class InferenceEngine(Protocol):
     def resume(self) -> None: ...
 
     def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
-        """Load full tensors under their Hugging Face names; afterwards `version` is the new one."""
+        """Load full tensors under their Hugging Face names; afterwards `version` is the new one.
+
+        Nothing is sampled meanwhile, whether `pause` was called or not.
+        """
         ...
 
     def close(self) -> None: ...

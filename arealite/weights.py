@@ -1,6 +1,5 @@
 """New weights for the servers: the one function that knows both engines."""
 
-import itertools
 from collections.abc import Iterator
 
 import torch
@@ -13,7 +12,7 @@ from arealite.errors import ServerError
 def push_weights(
     train_engine: TrainEngine, inference_engine: InferenceEngine, *, version: int
 ) -> None:
-    """Serve the trainer's weights as `version`: pause, transfer, resume. A collective.
+    """Serve the trainer's weights as `version`: gather, pause, transfer, resume. A collective.
 
     Running requests freeze in place and go on with the new weights. Call it once before the first
     rollout and at once after each step.
@@ -42,13 +41,7 @@ def _push(
 ) -> str:
     """Why the push failed; empty if it did not."""
     try:
-        # The first gather runs while the servers still generate.
-        first = list(itertools.islice(weights, 1))
-        inference_engine.pause()
-        try:
-            inference_engine.receive_weights(itertools.chain(first, weights), version=version)
-        finally:
-            inference_engine.resume()
+        inference_engine.receive_weights(weights, version=version)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""

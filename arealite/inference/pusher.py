@@ -1,6 +1,6 @@
 """New weights for every server of a fleet, and for each that comes back without them.
 
-    pause ──> init, start, update ..., finish ──> commit ──> resume       all that serve, together
+    keep ──> pause ──> init, start, update ..., finish ──> commit ──> resume    all that serve
                                         └──> a server that fails is left out, and synced alone later
 
 An update commits its version when every server that still serves has acknowledged all of it.
@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable, Iterator
 from typing import Any, Literal
 
 import msgspec
-import torch
 
 from arealite import background
 from arealite.errors import ServerError
@@ -32,31 +31,6 @@ CANARY_TIMEOUT_S = 15.0
 
 Interrupt = Literal["keep", "drain"]
 Kv = Literal["recompute", "reuse"]
-
-
-class Snapshot:
-    """The weights of the last push in memory of their own, for servers that come back later."""
-
-    def __init__(self) -> None:
-        self.version = -1
-        self._tensors: dict[str, torch.Tensor] = {}
-
-    def renew(self, weights: NamedWeights, version: int) -> Iterator[tuple[str, torch.Tensor]]:
-        """The weights as they are copied; the version counts once all have been drawn."""
-        self.version = -1
-        seen: set[str] = set()
-        for name, tensor in weights:
-            kept = self._tensors.get(name)
-            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-                kept = self._tensors[name] = torch.empty(tensor.shape, dtype=tensor.dtype)
-            kept.copy_(tensor.detach())
-            seen.add(name)
-            yield name, kept
-        self._tensors = {name: kept for name, kept in self._tensors.items() if name in seen}
-        self.version = version
-
-    def weights(self) -> NamedWeights:
-        return self._tensors.items()
 
 
 class Pusher:
@@ -88,7 +62,7 @@ class Pusher:
         self._pause_timeout_s = drain_timeout_s if self._is_drained else CONTROL_TIMEOUT_S
         self._transport: Transport | None = None
         self._introduced = set[Server]()  # servers that know the transport
-        self._snapshot = Snapshot()
+        self._kept_version = -1  # of what the transport keeps; -1 while that is nothing whole
         self._turn = asyncio.Lock()
 
     # --- Main thread ------------------------------------------------------------------------------
@@ -97,16 +71,25 @@ class Pusher:
         """Stop the servers, as `interrupt` says; one that does not take part is left out."""
         self._run(self._pause(), self._pause_timeout_s + CONTROL_TIMEOUT_S, "pausing the servers")
 
-    def push(self, weights: NamedWeights, version: int, transport: Transport) -> None:
-        """Give the weights to every server that takes part in the update."""
-        self._transport = transport
+    def keep(self, weights: NamedWeights, transport: Transport) -> None:
+        """Copy the weights of the next `push`, while servers still generate, if nobody has paused.
+
+        If that fails, they go on as before; but there is nothing for one that comes back.
+        """
+        with self._no_sync():
+            self._transport, self._kept_version = transport, -1
+            transport.keep(weights)
+
+    def push(self, version: int) -> None:
+        """Give the weights that were kept to every server that takes part in the update."""
         self._fleet.is_pusher = True
         try:
-            self._send(self._fleet.in_update(), self._snapshot.renew(weights, version), version)
+            self._send(self._fleet.in_update(), version)
         except BaseException as error:  # half of it may have arrived: no server may go on with that
             reason = f"an update of it broke off ({type(error).__name__}: {error})"
             self._run(self._break_off(reason), CONTROL_TIMEOUT_S, "breaking off an update")
             raise
+        self._kept_version = version
         self._run(self._commit(version), CONTROL_TIMEOUT_S, "committing a version")
 
     def resume(self) -> None:
@@ -125,6 +108,18 @@ class Pusher:
                 raise ServerError(f"no server took the weights: {self._fleet.describe()}")
             time.sleep(0.5)
 
+    @contextlib.contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """Nobody reads what is kept; a pause has seen to that already."""
+        if self._fleet.is_updating:
+            yield
+            return
+        self._run(self._turn.acquire(), 8 * CONTROL_TIMEOUT_S, "the end of a server's update")
+        try:
+            yield
+        finally:
+            background.loop().call_soon_threadsafe(self._turn.release)
+
     def _is_still_stale(self) -> bool:
         """Whether servers answer and none serves, although they were tried again."""
         for server in self._fleet.servers:
@@ -140,7 +135,7 @@ class Pusher:
         """Give the committed weights to one server alone; it stays stale where that fails."""
         async with self._turn:
             version = self._fleet.version
-            if server.state != "stale" or not 0 <= version == self._snapshot.version:
+            if server.state != "stale" or not 0 <= version == self._kept_version:
                 return
             if not await asyncio.to_thread(self._sync, server, version):
                 # Its requests are frozen for who knows how long: they go elsewhere.
@@ -185,16 +180,16 @@ class Pusher:
         # Paused also when nobody asks it: an update under a running request kills the engine.
         return bool(
             self._post_each([server], _pause_path("keep", "recompute"), {})
-            and self._send([server], self._snapshot.weights(), version)
+            and self._send([server], version)
             and self._post_each([server], "/resume", {})
             and self._post_each([server], "/inference/v1/generate", CANARY, CANARY_TIMEOUT_S)
         )
 
-    def _send(self, servers: list[Server], weights: NamedWeights, version: int) -> list[Server]:
+    def _send(self, servers: list[Server], version: int) -> list[Server]:
         """The servers that acknowledged every part; the others are stale or down."""
         assert self._transport is not None
         left = self._run(self._open(servers), 4 * CONTROL_TIMEOUT_S, "opening a weight update")
-        for update in self._transport.updates(weights):
+        for update in self._transport.updates():
             left = self._post_each(left, "/update_weights", {"update_info": update})
         return self._post_each(left, "/finish_weight_update", {"weight_version": str(version)})
 

@@ -1,10 +1,11 @@
 """The sending end of a weight push: named tensors in, `update_info` messages out.
 
-    weights -> buckets of pieces -> shared memory or a file -> vllm_worker.WeightReceiver
+    weights -> kept, by shape and place -> buckets -> vllm_worker.WeightReceiver, on every server
 
-Both transports bound what they hold at once: the region by its size, the folder by one file.
+What was kept last is there for servers that come back later, until the next push.
 """
 
+import math
 import mmap
 import os
 import tempfile
@@ -18,8 +19,10 @@ from safetensors.torch import save_file
 
 NamedWeights = Iterable[tuple[str, torch.Tensor]]
 
-REGION_BYTES = 256 * 2**20
-"""Largest shared region; a model with less uses less."""
+BUCKET_BYTES = 256 * 2**20
+"""Of weights in one message, which a server loads without answering anything else meanwhile."""
+ALIGNMENT = 64
+"""Of each tensor in shared memory, in bytes."""
 WEIGHTS_DIR = "AREALITE_WEIGHTS_DIR"
 """Environment variable of a server: the folder below which it takes files of weights, if any."""
 REGION_NAME = "arealite-weights"
@@ -33,8 +36,15 @@ class Transport(Protocol):
         """What a server has to know before its first update."""
         ...
 
-    def updates(self, weights: NamedWeights) -> Iterator[dict[str, Any]]:
-        """Messages for `/update_weights`; each must be answered before the next is drawn."""
+    def keep(self, weights: NamedWeights) -> None:
+        """Copy the weights in place of those before; no server may be reading them."""
+        ...
+
+    def updates(self) -> Iterator[dict[str, Any]]:
+        """Messages for `/update_weights` that bring a server what was kept.
+
+        Each must be answered before the next is drawn.
+        """
         ...
 
     def close(self) -> None: ...
@@ -43,37 +53,45 @@ class Transport(Protocol):
 class SharedMemory:
     """Memory that both sides map: for servers on the same host.
 
-    It has no name in any file system, so that nothing is left behind whatever dies, and no limit
-    of /dev/shm applies. A server opens it through our process; a new one can do so at any time.
-    First-touch page faults are most of the cost of a fresh region; this one stays warm.
+    Each tensor is written once, and read where it lies. The memory has no name in any file system,
+    so that nothing is left behind whatever dies, and no limit of /dev/shm applies. A server opens
+    it through our process; a new one can do so at any time. First-touch page faults are most of
+    the cost of the first push; later ones find the memory warm.
     """
 
-    def __init__(self, size_bytes: int = REGION_BYTES) -> None:
+    def __init__(self, size_bytes: int = BUCKET_BYTES) -> None:
         self._descriptor = os.memfd_create(REGION_NAME)
-        os.ftruncate(self._descriptor, size_bytes)
-        self._region = mmap.mmap(self._descriptor, size_bytes)
-        self._size = size_bytes
+        self._map(size_bytes)
+        self._places: list[dict[str, Any]] = []
 
     def init_info(self) -> dict[str, Any]:
         return {"region": f"/proc/{os.getpid()}/fd/{self._descriptor}"}
 
-    def updates(self, weights: NamedWeights) -> Iterator[dict[str, Any]]:
-        pieces: list[dict[str, Any]] = []
-        used = 0
+    def keep(self, weights: NamedWeights) -> None:
+        self._places = []
+        offset = 0
         for name, tensor in weights:
-            source = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-            start = 0
-            while True:
-                nbytes = min(source.numel() - start, self._size - used)
-                self._write(used, source[start : start + nbytes])
-                pieces.append(_piece(name, tensor, start=start, offset=used, nbytes=nbytes))
-                start, used = start + nbytes, used + nbytes
-                if start == source.numel():
-                    break
-                yield {"pieces": pieces}
-                pieces, used = [], 0
-        if pieces:
-            yield {"pieces": pieces}
+            if offset + tensor.nbytes > len(self._region):
+                self._map(max(2 * len(self._region), offset + tensor.nbytes))
+            place = {
+                "name": name,
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "shape": list(tensor.shape),
+                "offset": offset,
+            }
+            tensor_at(place, self._region).copy_(tensor.detach())
+            self._places.append(place)
+            offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def updates(self) -> Iterator[dict[str, Any]]:
+        bucket: list[dict[str, Any]] = []
+        for place in self._places:
+            if bucket and place["offset"] - bucket[0]["offset"] >= BUCKET_BYTES:
+                yield {"tensors": bucket}
+                bucket = []
+            bucket.append(place)
+        if bucket:
+            yield {"tensors": bucket}
 
     def close(self) -> None:
         with suppress(BufferError):
@@ -82,36 +100,53 @@ class SharedMemory:
             os.close(self._descriptor)
         self._descriptor = -1
 
-    def _write(self, offset: int, source: torch.Tensor) -> None:
-        if source.numel():
-            target = torch.frombuffer(
-                self._region, dtype=torch.uint8, count=source.numel(), offset=offset
-            )
-            target.copy_(source)
+    def _map(self, size_bytes: int) -> None:
+        """Make the memory larger; what lies in it stays, and pages that nobody writes cost none."""
+        os.ftruncate(self._descriptor, size_bytes)
+        self._region = mmap.mmap(self._descriptor, size_bytes)
+
+
+def tensor_at(place: dict[str, Any], region: mmap.mmap) -> torch.Tensor:
+    """The tensor that lies at a place in memory: no copy."""
+    dtype, shape = getattr(torch, place["dtype"]), place["shape"]
+    if 0 in shape:
+        return torch.empty(shape, dtype=dtype)
+    count = math.prod(shape)
+    return torch.frombuffer(region, dtype=dtype, count=count, offset=place["offset"]).view(shape)
 
 
 class Disk:
     """Safetensors files in a folder that trainer and servers both see: for other hosts.
 
-    In small buckets, because an engine that reads one answers nobody, and may seem to hang.
+    In small buckets, because an engine that reads one answers nobody, and may seem to hang; each
+    is deleted as soon as it was read.
     """
 
-    def __init__(self, folder: str | Path, bucket_bytes: int = REGION_BYTES) -> None:
+    def __init__(self, folder: str | Path, bucket_bytes: int = BUCKET_BYTES) -> None:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="push-", dir=folder)).resolve()
         self._bucket_bytes = bucket_bytes
+        self._kept: dict[str, torch.Tensor] = {}
 
     def init_info(self) -> dict[str, Any]:
         return {"folder": str(self._folder)}
 
-    def updates(self, weights: NamedWeights) -> Iterator[dict[str, Any]]:
+    def keep(self, weights: NamedWeights) -> None:
+        before, self._kept = self._kept, {}
+        for name, tensor in weights:
+            kept = before.pop(name, None)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype)
+            self._kept[name] = kept.copy_(tensor.detach())
+
+    def updates(self) -> Iterator[dict[str, Any]]:
         bucket: dict[str, torch.Tensor] = {}
         nbytes = 0
-        for name, tensor in weights:
+        for name, tensor in self._kept.items():
             if bucket and nbytes + tensor.nbytes > self._bucket_bytes:
                 yield from self._file(bucket)
                 bucket, nbytes = {}, 0
-            bucket[name] = tensor.detach().cpu().contiguous()
+            bucket[name] = tensor
             nbytes += tensor.nbytes
         if bucket:
             yield from self._file(bucket)
@@ -127,16 +162,3 @@ class Disk:
             yield {"file": str(path)}
         finally:
             path.unlink(missing_ok=True)
-
-
-def _piece(
-    name: str, tensor: torch.Tensor, *, start: int, offset: int, nbytes: int
-) -> dict[str, Any]:
-    return {
-        "name": name,
-        "dtype": str(tensor.dtype).removeprefix("torch."),
-        "shape": list(tensor.shape),
-        "start": start,
-        "offset": offset,
-        "nbytes": nbytes,
-    }

@@ -2,7 +2,7 @@
 
     request -> a serving server -> POST /inference/v1/generate -> checked ModelResponse
                 └─ dies, hangs, fails: the request goes to another, or waits for one to come back
-    weights -> pause -> start, update ..., finish -> resume, on every server
+    weights -> copy -> pause -> start, update ..., finish -> resume, on every server
 
 vllm itself is never imported here: the servers run in processes of their own.
 """
@@ -200,7 +200,6 @@ class VLLMEngine:
         keep: running requests freeze in place, new ones queue. drain: running requests end first.
         """
         self._pusher.pause()
-        gc.collect()
 
     def resume(self) -> None:
         """Let the requests go on.
@@ -215,15 +214,18 @@ class VLLMEngine:
         """Send full tensors, under their Hugging Face names, to every server that serves.
 
         Only the process that talks to the servers calls this; `push_weights` sees to it. It keeps
-        a copy, so that a server that is restarted gets the weights before it serves again.
+        a copy, so that a server that is restarted gets the weights before it serves again. Unless
+        `pause` was called, servers stop only once that copy is made.
         """
         if self._transport is None:
             self._transport = self._make_transport()
+        self._pusher.keep(weights, self._transport)
+        gc.collect()
         is_paused = self._fleet.is_updating
         if not is_paused:
             self.pause()
         try:
-            self._pusher.push(weights, version, self._transport)
+            self._pusher.push(version)
         finally:
             if not is_paused:
                 self.resume()

@@ -1,7 +1,7 @@
 """The receiving end of a weight push, inside a vLLM worker.
 
-The sender is `arealite.inference.transport`. Weights come in pieces, each a run of bytes of one
-tensor, so that neither the shared region nor a file has to hold the model, or even one tensor.
+The sender is `arealite.inference.transport`. Weights come in buckets: of places in memory that both
+map, or in a safetensors file.
 """
 
 import mmap
@@ -24,7 +24,7 @@ from vllm.model_executor.model_loader.reload import (
     initialize_layerwise_reload,
 )
 
-from arealite.inference.transport import REGION_NAME, WEIGHTS_DIR
+from arealite.inference.transport import REGION_NAME, WEIGHTS_DIR, tensor_at
 
 
 @dataclass
@@ -32,18 +32,17 @@ class InitInfo(WeightTransferInitInfo):
     """Where weights may come from."""
 
     region: str | None = None
-    """Path of the sender's memory file in /proc, for `pieces`."""
+    """Path of the sender's memory file in /proc, for `tensors`."""
     folder: str | None = None
     """The only folder from which `file` is read."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Either pieces in the shared region or one safetensors file."""
+    """Either tensors in the shared region or one safetensors file."""
 
-    pieces: list[dict[str, Any]] = field(default_factory=list)
-    """Each: name, dtype, shape of the whole tensor; start of these bytes in it; offset in the
-    region; nbytes."""
+    tensors: list[dict[str, Any]] = field(default_factory=list)
+    """Each: name, dtype, shape, and offset in the region in bytes."""
     file: str | None = None
     is_abandoned: bool = False
     """The update never came to its end: forget what has arrived of it."""
@@ -55,20 +54,20 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
 
-    _region: mmap.mmap | None = None
+    _region: str | None = None
+    _mapped: mmap.mmap | None = None
     _folder: Path | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Map the region, or remember the folder."""
         self.shutdown()
         if init_info.region is not None:
-            self._region = _map(init_info.region)
+            self._region, self._mapped = init_info.region, _map(init_info.region)
         if init_info.folder is not None:
             self._folder = _agreed(init_info.folder)
 
     def start_weight_update(self) -> None:
-        """Forget the half of an update that never finished, and prepare the layers."""
-        self._partial: dict[str, tuple[torch.Tensor, int]] = {}
+        """Prepare the layers, also behind an update that never finished."""
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
@@ -80,47 +79,32 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if update_info.file is not None:
             model.load_weights(iter(load_file(self._checked(update_info.file)).items()))
         else:
-            model.load_weights(self._completed(update_info.pieces))
+            model.load_weights(self._tensors(update_info.tensors))
 
     def finish_weight_update(self) -> None:
         """Put the last layers in place, and repack what the reload does not know about."""
-        if self._partial:
-            raise ValueError(f"incomplete tensors in this weight update: {sorted(self._partial)}")
         finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
 
     def shutdown(self) -> None:
-        """Give the region back."""
-        if self._region is not None:
-            self._region.close()
-        self._region = None
-        self._folder = None
+        """Give the region back; it goes as soon as nobody has a tensor in it any more."""
+        self._region = self._mapped = self._folder = None
 
-    def _completed(self, pieces: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
-        """Tensors of which the last piece has arrived.
+    def _tensors(self, places: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
+        """Tensors of the region, where they lie: vLLM copies them into its own.
 
-        They are copies: vLLM keeps references until a layer is complete, and by then the sender
-        has overwritten the region.
+        It keeps references until a layer is complete, and the sender changes nothing until the
+        update is.
         """
-        if self._region is None:
-            raise ValueError("pieces need init_weight_transfer_engine with a region first")
-        for piece in pieces:
-            name, start, nbytes = piece["name"], piece["start"], piece["nbytes"]
-            tensor, received = self._partial.pop(name, (None, 0))
-            if tensor is None:
-                tensor = torch.empty(piece["shape"], dtype=getattr(torch, piece["dtype"]))
-            if start != received:
-                raise ValueError(f"{name}: expected byte {received}, got {start}")
-            if nbytes:
-                chunk = torch.frombuffer(
-                    self._region, dtype=torch.uint8, count=nbytes, offset=piece["offset"]
-                )
-                tensor.view(-1).view(torch.uint8)[start : start + nbytes].copy_(chunk)
-                del chunk
-            if start + nbytes == tensor.nbytes:
-                yield name, tensor
-            else:
-                self._partial[name] = (tensor, start + nbytes)
+        if self._region is None or self._mapped is None:
+            raise ValueError("tensors need init_weight_transfer_engine with a region first")
+        for place in places:
+            try:
+                tensor = tensor_at(place, self._mapped)
+            except ValueError:  # it has grown
+                self._mapped = _map(self._region)
+                tensor = tensor_at(place, self._mapped)
+            yield place["name"], tensor
 
     def _checked(self, file: str) -> Path:
         path = Path(file).resolve()  # follows links, so that one cannot lead out of the folder

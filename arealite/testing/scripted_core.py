@@ -183,7 +183,7 @@ class ScriptedCore:
             raise _failed_call("this weight update was abandoned; a new one may start")
         if not self._has_transport:
             self._is_update_open = False
-            raise _failed_call("pieces need init_weight_transfer_engine with a region first")
+            raise _failed_call("tensors need init_weight_transfer_engine with a region first")
 
     def finish_update(self, version: str | None) -> None:
         if not self._is_update_open:

@@ -222,21 +222,16 @@ engine = VLLMEngine([address])
 engine.pause()
 if moment == "while paused":
     os.kill(os.getpid(), signal.SIGKILL)
-def weights():
-    for number, pair in enumerate(checkpoint(model).items()):
-        if moment == "in the middle of an update" and number == 5:
-            os.kill(os.getpid(), signal.SIGKILL)
-        yield pair
-transport = engine._make_transport()
-if moment == "before the version":
-    send = engine._pusher._post_each
-    def dying(servers, path, body):
-        if path == "/finish_weight_update":
-            send(servers, path, {})
-            os.kill(os.getpid(), signal.SIGKILL)
-        return send(servers, path, body)
-    engine._pusher._post_each = dying
-engine.receive_weights(weights(), version=9)
+send = engine._pusher._post_each
+def dying(servers, path, body):
+    if path == "/update_weights" and moment == "in the middle of an update":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if path == "/finish_weight_update" and moment == "before the version":
+        send(servers, path, {})
+        os.kill(os.getpid(), signal.SIGKILL)
+    return send(servers, path, body)
+engine._pusher._post_each = dying
+engine.receive_weights(checkpoint(model).items(), version=9)
 """
 
 

@@ -5,6 +5,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -326,19 +327,50 @@ def test_an_error_of_the_task_that_watches_the_servers_reaches_whoever_asks(
 # --- Pushes and requests that do not go as usual --------------------------------------------------
 
 
-def test_servers_of_an_update_that_breaks_off_do_not_serve_until_they_have_the_next_one(
+def test_weights_that_cannot_be_gathered_change_nothing(
     scripted_server: Callable[..., ScriptedServer],
 ):
     def breaking() -> Iterator[tuple[str, torch.Tensor]]:
         yield "w", torch.ones(3)
-        raise OSError("the disk is full")
+        raise OSError("the other rank is gone")
 
     server = scripted_server()
     with VLLMEngine([server.address]) as engine:
         push(engine, 0)
-        with pytest.raises(ServerError, match=r"broke off .OSError: the disk is full"):
+        with pytest.raises(OSError, match="the other rank is gone"):
             engine.receive_weights(breaking(), version=1)
+        assert len(engine._fleet.serving()) == 1
+        assert start(engine, 1).result(20)[0].versions == [0] * 16
+        push(engine, 1)
+        assert start(engine, 1).result(20)[0].versions == [1] * 16
+
+
+def test_servers_generate_until_the_weights_are_gathered(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address]) as engine:
+        push(engine, 0)
+
+        def slow() -> Iterator[tuple[str, torch.Tensor]]:
+            assert start(engine, 1).result(20)[0].versions == [0] * 16
+            yield "w", torch.ones(3)
+
+        engine.receive_weights(slow(), version=1)
+        assert start(engine, 1).result(20)[0].versions == [1] * 16
+
+
+def test_servers_of_an_update_that_breaks_off_do_not_serve_until_they_have_the_next_one(
+    scripted_server: Callable[..., ScriptedServer], tmp_path: Path
+):
+    server = scripted_server()
+    with VLLMEngine([server.address], ServerConfig(weights_dir=str(tmp_path / "w"))) as engine:
+        push(engine, 0)
+        (tmp_path / "w").rename(tmp_path / "elsewhere")
+        with pytest.raises(ServerError, match=r"broke off .*No such file"):
+            engine.receive_weights(WEIGHTS.items(), version=1)
         assert engine._fleet.serving() == []
+        (tmp_path / "elsewhere").rename(tmp_path / "w")
         push(engine, 1)
         assert start(engine, 1).result(20)[0].versions == [1] * 16
 

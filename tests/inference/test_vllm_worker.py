@@ -1,11 +1,13 @@
 """What a worker takes weights from: nothing but what its own trainer offers."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from arealite.inference.transport import WEIGHTS_DIR, Disk, SharedMemory
 
@@ -76,29 +78,118 @@ def test_only_the_memory_of_a_trainer_is_mapped(tmp_path: Path):
     os.close(descriptor)
 
 
-def test_weights_arrive_whole_in_pieces_that_are_smaller_than_a_tensor():
-    weights = {"a": torch.randn(300), "b": torch.arange(7, dtype=torch.int64), "c": torch.empty(0)}
+def arrived(memory: SharedMemory, receiver: Any) -> dict[str, torch.Tensor]:
+    return {
+        name: tensor
+        for update in memory.updates()
+        for name, tensor in receiver._tensors(update["tensors"])
+    }
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return list(left) == list(right) and all(
+        left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
+        for name in left
+    )
+
+
+@pytest.fixture
+def memory() -> Iterator[SharedMemory]:
     memory = SharedMemory(256)
+    yield memory
+    memory.close()
+
+
+@pytest.fixture
+def mapped(memory: SharedMemory) -> Iterator[Any]:
+    """A receiver that has mapped the memory while it was small."""
     receiver = object.__new__(worker.WeightReceiver)
     receiver.init_transfer_engine(worker.InitInfo(**memory.init_info()))
-    receiver._partial = {}
-    arrived = {}
-    for update in memory.updates(weights.items()):
-        arrived |= dict(receiver._completed(update["pieces"]))
-    assert receiver._partial == {}
-    assert {name: tensor.tolist() for name, tensor in arrived.items()} == {
-        name: tensor.tolist() for name, tensor in weights.items()
-    }
+    yield receiver
     receiver.shutdown()
-    memory.close()
+
+
+def odd_weights() -> dict[str, torch.Tensor]:
+    return {
+        "a": torch.randn(3, 7),
+        "empty": torch.empty(0, 4),
+        "scalar": torch.tensor(2.5, dtype=torch.float64),
+        "transposed": torch.randn(4, 5).T,
+        "half": torch.randn(11).bfloat16(),
+        "flags": torch.tensor([True, False, True]),
+        "large": torch.arange(300, dtype=torch.int64),
+        "low": torch.randn(9).to(torch.float8_e4m3fn),
+    }
+
+
+def test_weights_of_every_kind_arrive_through_memory_that_grows_under_them(
+    memory: SharedMemory, mapped: Any
+):
+    weights = odd_weights()
+    weights["low"] = weights["low"].view(torch.uint8)
+    memory.keep(weights.items())
+    assert same(arrived(memory, mapped), weights)
+    assert same(arrived(memory, mapped), weights)  # as often as servers come back
+
+
+def test_the_next_weights_take_the_place_of_those_before(memory: SharedMemory, mapped: Any):
+    first, second = odd_weights(), odd_weights()
+    memory.keep((name, first[name]) for name in list(first)[:-1])
+    before = arrived(memory, mapped)
+    memory.keep((name, second[name]) for name in list(second)[:-1])
+    after = arrived(memory, mapped)
+    second.pop("low")
+    assert same(after, second)
+    assert same(before, second)  # the same memory: nothing was copied, nothing was allocated
+    memory.keep({"b": torch.ones(2)}.items())
+    assert same(arrived(memory, mapped), {"b": torch.ones(2)})
+
+
+def test_weights_of_eight_bits_arrive_bit_for_bit(memory: SharedMemory, mapped: Any):
+    low = odd_weights()["low"]
+    memory.keep({"low": low}.items())
+    [got] = arrived(memory, mapped).values()
+    assert got.dtype == low.dtype
+    assert torch.equal(got.view(torch.uint8), low.view(torch.uint8))
+
+
+def test_a_message_tells_of_no_more_than_a_bucket_and_a_tensor(
+    memory: SharedMemory, mapped: Any, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("arealite.inference.transport.BUCKET_BYTES", 1024)
+    weights = {str(number): torch.full((50,), float(number)) for number in range(40)}
+    memory.keep(weights.items())
+    sizes = [len(update["tensors"]) for update in memory.updates()]
+    assert sum(sizes) == 40
+    assert max(sizes) <= 1024 // 256 + 1
+    assert same(arrived(memory, mapped), weights)
+
+
+def test_tensors_need_memory_to_lie_in():
+    receiver = object.__new__(worker.WeightReceiver)
+    with pytest.raises(ValueError, match="need init_weight_transfer_engine with a region first"):
+        list(receiver._tensors([]))
 
 
 def test_a_folder_is_left_empty_behind(tmp_path: Path):
     disk = Disk(tmp_path, bucket_bytes=64)
-    files = []
-    for update in disk.updates({"a": torch.ones(20), "b": torch.ones(3)}.items()):
-        files.append(Path(update["file"]))
-        assert files[-1].exists()
+    weights = {"a": torch.ones(20), "b": torch.ones(3)}
+    disk.keep(weights.items())
+    for _ in range(2):  # once more for a server that comes back
+        read = [load_file(update["file"]) for update in disk.updates()]
+        assert same(read[0] | read[1], weights)
     disk.close()
-    assert len(files) == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_holds_the_weights_as_they_were_when_they_were_kept(tmp_path: Path):
+    disk = Disk(tmp_path)
+    weights = {"a": torch.ones(3), "gone": torch.ones(1)}
+    disk.keep(weights.items())
+    weights["a"] += 1
+    [update] = (load_file(update["file"]) for update in disk.updates())
+    assert update["a"].tolist() == [1, 1, 1]
+    disk.keep({"a": weights["a"]}.items())
+    [update] = (load_file(update["file"]) for update in disk.updates())
+    assert same(update, {"a": torch.full((3,), 2.0)})
+    disk.close()

@@ -431,7 +431,7 @@ def update(server: ScriptedServer, version: str) -> None:
     answers = [
         ask(server.address, "/init_weight_transfer_engine", {"init_info": {}}),
         ask(server.address, "/start_weight_update", b""),
-        ask(server.address, "/update_weights", {"update_info": {"pieces": []}}),
+        ask(server.address, "/update_weights", {"update_info": {"tensors": []}}),
         ask(server.address, "/finish_weight_update", {"weight_version": version}),
     ]
     assert answers == [
