@@ -48,6 +48,13 @@ class InferenceEngine(Protocol):
 
     def resume(self) -> None: ...
 
+    def sleep(self) -> None:
+        """A batch is there: give up what the trainer needs now, until the next weights.
+
+        On one GPU that is its memory; most engines do nothing. `resume` wakes it without weights.
+        """
+        ...
+
     def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Load full tensors under their Hugging Face names; afterwards `version` is the new one.
 

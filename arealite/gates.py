@@ -182,6 +182,8 @@ class LogprobGate:
     def _stop(
         self, minibatches: list[list[MicroBatch]], version: int, metrics: dict[str, float]
     ) -> None:
+        if dist.rank() == 0:
+            self._inference_engine.resume()  # it may sleep while we train, and is to be asked
         samples = self._samples(minibatches, version)
         found = dist.broadcast(self._on_rank_0(lambda weights: self._diagnosed(samples, weights)))
         cause = str(found)

@@ -24,6 +24,7 @@ of the busy server (the goal is 60 at most for the first), and the others' figur
 """
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -187,7 +188,7 @@ class TimedEngine(VLLMEngine):
         super().resume()
         times_s = (self._began_s, self._paused_s, loaded_s, time.perf_counter())
         pause, load, resume = (
-            1000 * (after - before) for before, after in zip(times_s, times_s[1:], strict=False)
+            1000 * (after - before) for before, after in itertools.pairwise(times_s)
         )
         self.parts_ms.append((pause, load, resume))
 

@@ -27,6 +27,6 @@ def run_server(model: str, folder: Path) -> Iterator[RealServer]:
     token_file, run_dir = folder / "token", folder / "run"
     token_file.touch(mode=0o600)
     token_file.write_text(token)
-    cfg = ServerConfig(token_file=str(token_file))
+    cfg = ServerConfig(token_file=str(token_file), sleep=True)  # which a CPU server only pretends
     with serve(model, cfg, log_dir=run_dir) as servers:
         yield RealServer(servers.addresses[0], model, run_dir, token, cfg)

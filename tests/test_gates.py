@@ -384,6 +384,19 @@ def test_weights_that_never_arrived_are_named(
         run.check_fresh()
 
 
+def test_servers_that_stand_still_are_asked_for_the_cause(
+    trainer: FSDPEngine, server: HFEngine, folder: str, tmp_path: Path
+):
+    run = Run(trainer, server, folder, tmp_path)
+    run.train(1)
+    push_weights(trainer, server, version=1)
+    run.train(2)
+    groups = run_episodes(server, run.workflow, ROWS)
+    server.pause()  # as for the memory of a GPU
+    with pytest.raises(GateError, match=r"Cause: stale weights\. After another push"):
+        run.gate.check_fresh(groups)
+
+
 def test_one_update_that_did_not_arrive_is_named(
     trainer: FSDPEngine, server: HFEngine, folder: str, tmp_path: Path
 ):

@@ -65,7 +65,7 @@ class Connection:
         self._token = token
         self._max_reply_bytes = max_reply_bytes
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
-        self._deadlines = set[asyncio.Timeout]()
+        self._deadlines: dict[asyncio.Timeout, bool] = {}  # whether it may be put off
         self._lost_reason = ""
         self._is_closed = False
 
@@ -102,6 +102,12 @@ class Connection:
             deadline.reschedule(asyncio.get_running_loop().time())
         self._deadlines.clear()
 
+    def put_off(self, seconds: float) -> None:
+        """Give requests that run so much longer: the server stood still, and they with it."""
+        for deadline, may_be_put_off in self._deadlines.items():
+            if may_be_put_off and (when := deadline.when()) is not None:
+                deadline.reschedule(when + seconds)
+
     async def close(self) -> None:
         """End every request that runs, and refuse later ones."""
         self._is_closed = True
@@ -124,7 +130,7 @@ class Connection:
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
-                self._deadlines.add(deadline)
+                self._deadlines[deadline] = bool(echo)
                 session = self._session(is_kept=may_reuse)
                 return await self._exchange(session, method, path, body, echo, deadline)
         except TimeoutError as error:
@@ -146,7 +152,7 @@ class Connection:
                 "with `arealite serve --model MODEL`, or leave server.addresses empty to start it."
             ) from error
         finally:
-            self._deadlines.discard(deadline)
+            self._deadlines.pop(deadline, None)
 
     async def _exchange(
         self,

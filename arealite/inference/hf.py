@@ -130,6 +130,9 @@ class HFEngine:
             self._is_paused = False
             self._turn.notify_all()
 
+    def sleep(self) -> None:
+        """Nothing: the model keeps its memory, beside that of the trainer."""
+
     def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Copy full tensors, under their Hugging Face names, between two tokens.
 

@@ -38,6 +38,7 @@ class Pusher:
 
     Args:
         drain_timeout_s: limit of a pause that waits for running requests to end.
+        may_sleep: whether trainers put these servers to sleep.
         lost: called on the event loop with a server that is gone, and the reason.
         probe: finds out whether a server has an engine that works.
     """
@@ -50,6 +51,7 @@ class Pusher:
         interrupt: Interrupt,
         kv: Kv,
         drain_timeout_s: float,
+        may_sleep: bool,
         lost: Callable[[Server, str], None],
         probe: Callable[[Server], Awaitable[None]],
     ) -> None:
@@ -58,10 +60,12 @@ class Pusher:
         self._lost = lost
         self._probe = probe
         self._pause_path = _pause_path(interrupt, kv)
+        self._sleep_path = f"/sleep?level=1&mode={_pause_mode(interrupt)}"
         self._is_drained = interrupt == "drain"
         self._pause_timeout_s = drain_timeout_s if self._is_drained else CONTROL_TIMEOUT_S
         self._transport: Transport | None = None
         self._introduced = set[Server]()  # servers that know the transport
+        self._asleep = set(fleet.servers if may_sleep else ())  # as far as we know
         self._kept_version = -1  # of what the transport keeps; -1 while that is nothing whole
         self._turn = asyncio.Lock()
 
@@ -69,6 +73,7 @@ class Pusher:
 
     def pause(self) -> None:
         """Stop the servers, as `interrupt` says; one that does not take part is left out."""
+        self._wake(self._fleet.serving())  # a trainer that died may have left them asleep
         self._run(self._pause(), self._pause_timeout_s + CONTROL_TIMEOUT_S, "pausing the servers")
 
     def keep(self, weights: NamedWeights, transport: Transport) -> None:
@@ -92,13 +97,20 @@ class Pusher:
         self._kept_version = version
         self._run(self._commit(version), CONTROL_TIMEOUT_S, "committing a version")
 
+    def sleep(self) -> None:
+        """Pause, and let the servers give up the memory of their GPUs until weights come."""
+        self.pause()
+        self._asleep |= set(self._fleet.in_update())  # also one whose answer gets lost
+        self._post_each(self._fleet.in_update(), self._sleep_path, {})
+
     def resume(self) -> None:
-        """Let the servers go on.
+        """Let the servers go on; wakes those that sleep.
 
         Raises:
             ServerError: those that answer did not take the weights, and not when tried again. One
                 whose engine has died may answer for a moment longer; then it is just gone.
         """
+        self._wake(self._fleet.in_update())
         self._run(self._resume(), CONTROL_TIMEOUT_S + 5, "resuming the servers")
         if self._fleet.serving():
             return
@@ -146,6 +158,7 @@ class Pusher:
     def forget(self, server: Server) -> None:
         """The server is gone: what comes back in its place knows nothing."""
         self._introduced.discard(server)
+        self._asleep.discard(server)
 
     async def _pause(self) -> None:
         await self._turn.acquire()
@@ -176,10 +189,11 @@ class Pusher:
 
     def _sync(self, server: Server, version: int) -> bool:
         """Whether the server has the weights and generates with them."""
-        self.forget(server)
+        self._introduced.discard(server)
         # Paused also when nobody asks it: an update under a running request kills the engine.
         return bool(
-            self._post_each([server], _pause_path("keep", "recompute"), {})
+            self._wake([server])
+            and self._post_each([server], _pause_path("keep", "recompute"), {})
             and self._send([server], version)
             and self._post_each([server], "/resume", {})
             and self._post_each([server], "/inference/v1/generate", CANARY, CANARY_TIMEOUT_S)
@@ -188,10 +202,20 @@ class Pusher:
     def _send(self, servers: list[Server], version: int) -> list[Server]:
         """The servers that acknowledged every part; the others are stale or down."""
         assert self._transport is not None
-        left = self._run(self._open(servers), 4 * CONTROL_TIMEOUT_S, "opening a weight update")
+        left = self._wake(servers, "weights")
+        left = self._run(self._open(left), 4 * CONTROL_TIMEOUT_S, "opening a weight update")
         for update in self._transport.updates():
             left = self._post_each(left, "/update_weights", {"update_info": update})
         return self._post_each(left, "/finish_weight_update", {"weight_version": str(version)})
+
+    def _wake(self, servers: list[Server], part: str = "") -> list[Server]:
+        """The servers without those that did not wake; with a part, the rest sleeps on."""
+        asleep = [server for server in servers if server in self._asleep]
+        path = f"/wake_up?tags={part}" if part else "/wake_up"
+        woken = set(self._post_each(asleep, path, {}))
+        if not part:
+            self._asleep -= woken
+        return [server for server in servers if server not in asleep or server in woken]
 
     def _post_each(
         self,
@@ -262,5 +286,8 @@ class Pusher:
 def _pause_path(interrupt: Interrupt, kv: Kv) -> str:
     # Documented as ignored for keep; it is not: true recomputes the KV of running requests.
     clear_cache = "true" if kv == "recompute" or interrupt == "drain" else "false"
-    mode = "wait" if interrupt == "drain" else "keep"
-    return f"/pause?mode={mode}&clear_cache={clear_cache}"
+    return f"/pause?mode={_pause_mode(interrupt)}&clear_cache={clear_cache}"
+
+
+def _pause_mode(interrupt: Interrupt) -> str:
+    return "wait" if interrupt == "drain" else "keep"

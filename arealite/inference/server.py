@@ -72,6 +72,9 @@ class ServerConfig:
     kv: Literal["recompute", "reuse"] = "recompute"
     """The cache of requests that go on: computed again with the new weights, or kept as it is,
     which is faster and an approximation."""
+    sleep: bool = False
+    """Servers on the trainer's GPU give it their memory from next_batch to push_weights; running
+    requests freeze, and go on with the new weights. For one GPU that does not hold both at once."""
     weights_dir: str = ""
     """Folder that trainer and servers both see, for servers on other hosts, set on both sides; a
     server reads weights from no other. Empty: servers of this host take weights through memory."""
@@ -363,7 +366,8 @@ def _on_gpus(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
             f"{','.join(gpus)}. Lower it, or name more in server.gpus."
         )
     share = cfg.memory_share or (0.4 if set(gpus) & set(trained_on) else 0.9)
-    return ["--gpu-memory-utilization", str(share)], [
+    options = ["--gpu-memory-utilization", str(share), *["--enable-sleep-mode"] * cfg.sleep]
+    return options, [
         {"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + size])}
         for start in range(0, len(gpus) - size + 1, size)
     ]

@@ -102,6 +102,7 @@ class VLLMEngine:
             interrupt=self._cfg.interrupt,
             kv=self._cfg.kv,
             drain_timeout_s=self._cfg.request_timeout_s,
+            may_sleep=self._cfg.sleep,
             lost=lambda server, reason: self._monitor.lost(server, reason),
             probe=lambda server: self._monitor.probe(server),
         )
@@ -115,6 +116,8 @@ class VLLMEngine:
         )
         self._watching: concurrent.futures.Future[None] | None = None
         self._transport: Transport | None = None
+        self._stopped_s: float | None = None  # when the servers were stopped
+        self._is_asleep = False
         self._look_again = asyncio.Event()
         self._starting = Spread(per_turn=STARTS_PER_TURN)
         self._reading = Spread(slice_s=READING_S)
@@ -152,6 +155,8 @@ class VLLMEngine:
     def version(self, version: int) -> None:
         if version != self._fleet.version:  # another rank has pushed
             gc.collect()
+        if dist.rank() > 0:
+            self._put_off_deadlines()
         self._fleet.version = version
 
     @property
@@ -199,7 +204,20 @@ class VLLMEngine:
 
         keep: running requests freeze in place, new ones queue. drain: running requests end first.
         """
+        self._stopped_s = time.monotonic()
         self._pusher.pause()
+
+    def sleep(self) -> None:
+        """With `server.sleep`, servers stop and give the trainer their GPU memory. A collective.
+
+        Until the next weights, or `resume`. Without it, nothing.
+        """
+        if not self._cfg.sleep:
+            return
+        failure = self._try_to_sleep() if dist.rank() == 0 else ""
+        if failure := dist.broadcast(failure):
+            raise ServerError(f"The servers could not be put to sleep: {failure}")
+        self._stopped_s = self._stopped_s or time.monotonic()
 
     def resume(self) -> None:
         """Let the requests go on.
@@ -207,7 +225,11 @@ class VLLMEngine:
         Raises:
             ServerError: the servers answer, but did not take the weights.
         """
+        if not self._fleet.is_updating:
+            return
+        self._is_asleep = False
         self._pusher.resume()
+        self._put_off_deadlines()
         background.loop().call_soon_threadsafe(self._let_requests_look_again)
 
     def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
@@ -222,12 +244,13 @@ class VLLMEngine:
         self._pusher.keep(weights, self._transport)
         gc.collect()
         is_paused = self._fleet.is_updating
+        is_resumed = self._is_asleep or not is_paused
         if not is_paused:
             self.pause()
         try:
             self._pusher.push(version)
         finally:
-            if not is_paused:
+            if is_resumed:
                 self.resume()
 
     def take_metrics(self) -> dict[str, float]:
@@ -340,6 +363,31 @@ class VLLMEngine:
             server.running -= 1
         self._learn_duration(time.monotonic() - began_s)
         return response
+
+    def _try_to_sleep(self) -> str:
+        """Why the servers do not sleep; empty if they do."""
+        if self._fleet.is_updating:  # they stand still already
+            return ""
+        self._stopped_s = time.monotonic()
+        try:
+            self._pusher.sleep()
+        except ServerError as error:
+            return str(error)
+        self._is_asleep = True
+        return ""
+
+    def _put_off_deadlines(self) -> None:
+        """The time in which the servers stood still is not that of the requests."""
+        stopped_s, self._stopped_s = self._stopped_s, None
+        if stopped_s is None:
+            return
+        seconds = time.monotonic() - stopped_s
+
+        def put_off() -> None:
+            for connection in self._connections.values():
+                connection.put_off(seconds)
+
+        background.loop().call_soon_threadsafe(put_off)
 
     def _has_asked_enough(self, state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None

@@ -24,6 +24,8 @@ OPEN_PATH = "/health"
 GENERATE = "/inference/v1/generate"
 LEASE_S = 20.0
 """A pause ends when the client that asked for it has not been heard of for so long."""
+SLEEP_LEASE_S = 120.0
+"""The same for one that has put the server to sleep, to train meanwhile."""
 UNFINISHED = "unfinished-update"
 """Weight version of a server whose update lost its trainer: no client takes it for a push."""
 
@@ -37,6 +39,7 @@ class Guard:
         self._pauser = b""  # the client that paused the server, or updates it
         self._heard_s = 0.0
         self._is_update_open = False
+        self._is_asleep = False
         self._lease: asyncio.Task[None] | None = None
 
     async def __call__(self, scope: Scope, receive: Any, send: Any) -> None:
@@ -64,10 +67,13 @@ class Guard:
         if client and client == self._pauser:
             self._heard_s = time.monotonic()
         match scope["method"], scope["path"]:
-            case "POST", "/pause" if client:
+            case "POST", "/pause" | "/sleep" if client:
                 self._pauser, self._heard_s = client, time.monotonic()
+                self._is_asleep = self._is_asleep or scope["path"] == "/sleep"
                 if self._lease is None or self._lease.done():
                     self._lease = asyncio.create_task(self._watch(dict(scope)))
+            case "POST", "/wake_up":
+                self._is_asleep = bool(scope["query_string"])  # with tags, some of it sleeps on
             case "POST", "/start_weight_update":
                 self._is_update_open = True
             case "POST", "/resume":
@@ -89,14 +95,18 @@ class Guard:
         """Undo what a dead client has left: its update first, then the pause."""
         while self._pauser:
             silence_s = time.monotonic() - self._heard_s
-            if silence_s < LEASE_S:
-                await asyncio.sleep(LEASE_S - silence_s)
+            lease_s = SLEEP_LEASE_S if self._is_asleep else LEASE_S
+            if silence_s < lease_s:
+                await asyncio.sleep(min(LEASE_S, lease_s - silence_s))
                 continue
             print(f"The client that paused this server is gone for {silence_s:.0f} s.", flush=True)
             if self._is_update_open:
                 await self._post(scope, "/update_weights", {"update_info": {"is_abandoned": True}})
                 await self._post(scope, "/update_weight_version", {"new_version": UNFINISHED})
                 self._is_update_open = False
+            if self._is_asleep:
+                await self._post(scope, "/wake_up", {})
+                self._is_asleep = False
             await self._post(scope, "/resume", {})
             self._pauser = b""
 

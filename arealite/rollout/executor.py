@@ -171,6 +171,7 @@ class RolloutExecutor:
             failure = error
             dist.announce_failure(describe(error))
         raise_on_all_ranks(failure)
+        self._engine.sleep()
         groups, self._untrained = self._untrained, []
         return groups
 

@@ -96,6 +96,8 @@ class ScriptedEngine:
             with contextlib.suppress(RuntimeError):  # a loop that is closed has stopped waiting
                 loop.call_soon_threadsafe(resumed.set)
 
+    def sleep(self) -> None: ...
+
     def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Take the version; the weights change nothing here."""
         for _ in weights:

@@ -11,6 +11,7 @@ from itertools import groupby
 from typing import Any, Literal
 
 PauseMode = Literal["abort", "wait", "keep"]
+MemoryTag = Literal["weights", "kv_cache"]
 Script = Callable[[list[int]], Iterable[int]]
 """Token ids of the response to a prompt; may be endless, as the request's budget ends it."""
 
@@ -90,6 +91,7 @@ class ScriptedCore:
         self._is_hung = False
         self._has_transport = False
         self._is_update_open = False
+        self._asleep = set[MemoryTag]()
         self._generations: list[Generation] = []
         self._cached_blocks = set[int]()
         self._changed = asyncio.Event()
@@ -159,8 +161,23 @@ class ScriptedCore:
             self._cached_blocks.clear()
 
     def resume(self) -> None:
+        if self._asleep:
+            raise _failed_call("the engine was resumed without the memory that it works in")
         self._pause_mode = None
         self._notify()
+
+    async def sleep(self, level: int, mode: PauseMode) -> None:
+        """Pause; above level 0 also give the memory of weights and cache up."""
+        await self.pause(mode, clear_cache=level >= 1)
+        if level >= 1:
+            self._asleep = {"weights", "kv_cache"}
+
+    def wake_up(self, tags: set[MemoryTag]) -> bool:
+        """Take the memory back, of everything without tags; whether all is there again."""
+        self._asleep -= tags or self._asleep
+        if not self._asleep:
+            self.resume()
+        return not self._asleep
 
     def init_transfer(self) -> None:
         """Remember that a trainer has introduced itself; its weights are never read."""
@@ -181,6 +198,9 @@ class ScriptedCore:
         if isinstance(update_info, dict) and update_info.get("is_abandoned"):
             self._is_update_open = False
             raise _failed_call("this weight update was abandoned; a new one may start")
+        if "weights" in self._asleep:
+            self._is_update_open = False
+            raise _failed_call("an illegal memory access was encountered: the weights are asleep")
         if not self._has_transport:
             self._is_update_open = False
             raise _failed_call("tensors need init_weight_transfer_engine with a region first")

@@ -14,6 +14,7 @@ from aiohttp import web
 from arealite.testing.scripted_core import (
     CoreError,
     Generation,
+    MemoryTag,
     PausedError,
     PauseMode,
     ScriptedCore,
@@ -65,6 +66,8 @@ class Routes:
             web.post("/inference/v1/generate", self._generate),
             web.post("/pause", self._pause),
             web.post("/resume", self._resume),
+            web.post("/sleep", self._sleep),
+            web.post("/wake_up", self._wake_up),
             web.post("/init_weight_transfer_engine", self._init_transfer),
             web.post("/start_weight_update", self._start_update),
             web.post("/update_weights", self._update),
@@ -147,6 +150,20 @@ class Routes:
         self._core.resume()
         return json_reply({"status": "resumed"})
 
+    async def _sleep(self, request: web.Request) -> web.Response:
+        query = msgspec.convert(dict(request.query), _SleepQuery, strict=False)
+        await self._core.round_trip()
+        await self._core.sleep(query.level, query.mode)
+        return json_reply({"status": "sleeping", "level": query.level})
+
+    async def _wake_up(self, request: web.Request) -> web.Response:
+        tags = msgspec.convert(set(request.query.getall("tags", [])), set[MemoryTag])
+        await self._core.round_trip()
+        is_awake = self._core.wake_up(tags)
+        return json_reply(
+            {"status": "awake" if is_awake else "sleeping", "tags": sorted(tags) or None}
+        )
+
     async def _init_transfer(self, request: web.Request) -> web.Response:
         await _decoded(request, _InitBody)
         await self._core.round_trip()
@@ -216,6 +233,11 @@ class _GenerateBody(msgspec.Struct):
 class _PauseQuery(msgspec.Struct):
     mode: PauseMode = "abort"
     clear_cache: bool = True
+
+
+class _SleepQuery(msgspec.Struct):
+    level: Annotated[int, msgspec.Meta(ge=0, le=2)] = 1
+    mode: PauseMode = "abort"
 
 
 class _InitBody(msgspec.Struct):

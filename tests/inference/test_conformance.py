@@ -233,6 +233,26 @@ def test_weights_may_come_without_a_pause(any_engine: InferenceEngine, weights: 
     assert versions_seen([afterwards]) == {1}
 
 
+@pytest.mark.parametrize("is_slept_through", [True, False], ids=["weights", "resume"])
+def test_an_engine_goes_on_after_its_sleep(
+    any_engine: InferenceEngine, weights: Weights, is_slept_through: bool
+):
+    push(any_engine, weights, 0)
+    running = start(any_engine, make_prompts(8), max_new_tokens=160)
+    wait_until_sampling(any_engine)
+    any_engine.sleep()
+    late = start(any_engine, make_prompts(2, seed=1), max_new_tokens=4)
+    if is_slept_through:
+        any_engine.receive_weights(weights.items(), version=1)
+    else:
+        any_engine.resume()
+    responses = [response.result(120) for response in [*running, *late]]
+    assert versions_seen(responses) <= {0, 1}
+    assert all(response.versions == sorted(response.versions) for response in responses)
+    [afterwards] = generate(any_engine, make_prompts(1), SamplingParams(max_new_tokens=4))
+    assert versions_seen([afterwards]) == {int(is_slept_through)}
+
+
 def test_while_paused_no_request_ends_and_new_ones_queue(
     any_engine: InferenceEngine, weights: Weights
 ):

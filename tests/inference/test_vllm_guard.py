@@ -59,10 +59,12 @@ async def exchange(
 ) -> tuple[int, dict[bytes, bytes], bytes]:
     """Status, headers and body of the reply to one request."""
     state = SimpleNamespace(vllm_config=None)
+    path, _, query = path.partition("?")
     scope = {
         "type": "http",
         "method": method,
         "path": path,
+        "query_string": query.encode(),
         "headers": [(k.lower().encode(), v.encode()) for k, v in headers.items()],
         "app": SimpleNamespace(state=state),
     }
@@ -132,6 +134,41 @@ def test_a_pause_lasts_while_its_client_is_heard_of(monkeypatch: pytest.MonkeyPa
 
     asyncio.run(trainer_lives())
     assert app.paths().count("/resume") == 1
+
+
+def test_a_server_whose_trainer_died_while_it_slept_is_woken(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vllm_guard, "LEASE_S", 0.05)
+    monkeypatch.setattr(vllm_guard, "SLEEP_LEASE_S", 0.4)
+    app = App()
+
+    async def trainer_dies(*paths: str) -> None:
+        guard = Guard(app)
+        for path in paths:
+            await ask(guard, "POST", path, **{CLIENT_HEADER: "trainer"})
+        asked = len(app.seen)
+        await asyncio.sleep(0.2)  # training takes its time
+        assert len(app.seen) == asked
+        await asyncio.sleep(0.5)
+
+    asyncio.run(trainer_dies("/pause", "/sleep"))
+    assert app.paths() == ["/pause", "/sleep", "/wake_up", "/resume"]
+    app.seen.clear()
+    asyncio.run(trainer_dies("/pause", "/sleep", "/wake_up?tags=weights", "/start_weight_update"))
+    assert app.paths()[4:] == ["/update_weights", "/update_weight_version", "/wake_up", "/resume"]
+
+
+def test_a_server_that_was_woken_has_the_lease_of_any_pause(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(vllm_guard, "LEASE_S", 0.05)
+    app = App()
+
+    async def trainer_dies() -> None:
+        guard = Guard(app)
+        for path in ("/pause", "/sleep", "/wake_up"):
+            await ask(guard, "POST", path, **{CLIENT_HEADER: "trainer"})
+        await asyncio.sleep(0.3)
+
+    asyncio.run(trainer_dies())
+    assert app.paths() == ["/pause", "/sleep", "/wake_up", "/resume"]
 
 
 def test_a_pause_by_hand_is_left_alone(monkeypatch: pytest.MonkeyPatch):

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 import torch
@@ -419,6 +420,133 @@ def test_a_request_that_is_cancelled_just_when_it_shall_look_again_ends(
             assert waiting.cancelled()
 
         background.run(wake_and_cancel(), timeout_s=10, what="a cancelled request")
+
+
+# --- Sleep ----------------------------------------------------------------------------------------
+
+SLEEPY = ServerConfig(sleep=True)
+
+
+def changes(server: ScriptedServer) -> list[str]:
+    """What was asked of the server that changes what it does, in order."""
+    asked = [f"{one.path}?{urlencode(one.query)}".rstrip("?") for one in server.received]
+    controls = ("/pause", "/sleep", "/start", "/update", "/finish", "/wake_up", "/resume")
+    return [path for path in asked if path.startswith(controls)]
+
+
+def test_a_server_sleeps_from_a_batch_to_the_next_weights_and_requests_go_on_with_those(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server(tokens_per_s=100)
+    with VLLMEngine([server.address], SLEEPY) as engine:
+        push(engine, 0)
+        running = start(engine, 4, tokens=40)
+        wait_until(lambda: generated(server) == 4)
+        time.sleep(0.1)
+        before = len(changes(server))
+        engine.sleep()
+        late = start(engine, 1)
+        time.sleep(0.5)
+        assert not running.done()
+        assert not late.done()
+        engine.receive_weights(WEIGHTS.items(), version=1)
+        responses = running.result(20)
+        assert all(set(response.versions) == {0, 1} for response in responses)
+        assert late.result(20)[0].versions == [1] * 16
+    assert changes(server)[before:] == [
+        "/pause?mode=keep&clear_cache=true",
+        "/sleep?level=1&mode=keep",
+        "/wake_up?tags=weights",
+        "/start_weight_update",
+        "/update_weights",
+        "/finish_weight_update",
+        "/wake_up",
+        "/resume",
+    ]
+
+
+def test_without_the_setting_a_batch_stops_nothing(scripted_server: Callable[..., ScriptedServer]):
+    server = scripted_server()
+    with VLLMEngine([server.address]) as engine:
+        push(engine, 0)
+        before = changes(server)
+        engine.sleep()
+        assert changes(server) == before
+        assert start(engine, 1).result(20)[0].versions == [0] * 16
+
+
+def test_a_sleeping_server_is_woken_without_weights(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address], SLEEPY) as engine:
+        push(engine, 0)
+        engine.sleep()
+        engine.sleep()  # which changes nothing
+        engine.resume()
+        assert start(engine, 1).result(20)[0].versions == [0] * 16
+        engine.sleep()
+        engine.receive_weights(WEIGHTS.items(), version=1)
+        assert start(engine, 1).result(20)[0].versions == [1] * 16
+
+
+def test_requests_have_as_much_time_as_if_nobody_had_slept(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server(tokens_per_s=100)
+    with VLLMEngine([server.address], ServerConfig(sleep=True, patience_s=0.8)) as engine:
+        push(engine, 0)
+        running = start(engine, 2, tokens=40)
+        wait_until(lambda: generated(server) == 2)
+        engine.sleep()
+        time.sleep(0.6)
+        engine.receive_weights(WEIGHTS.items(), version=1)
+        assert all(len(response.token_ids) == 40 for response in running.result(20))
+        assert engine.take_metrics()["server/retries"] == 0
+
+
+def test_a_server_that_dies_in_its_sleep_comes_back_awake_and_gets_the_next_weights(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    servers = [scripted_server(), scripted_server()]
+    with VLLMEngine([server.address for server in servers], SLEEPY) as engine:
+        push(engine, 0)
+        engine.sleep()
+        servers[0].die()
+        wait_until(lambda: engine._fleet.servers[0].state == "down")
+        servers[0].restart()
+        engine.receive_weights(WEIGHTS.items(), version=1)
+        wait_until(lambda: len(engine._fleet.serving()) == 2)
+        assert all(response.versions == [1] * 16 for response in start(engine, 8).result(20))
+
+
+def test_the_next_trainer_wakes_what_a_dead_one_left_asleep(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address], SLEEPY) as engine:
+        push(engine, 0)
+        engine.sleep()
+    with VLLMEngine([server.address], SLEEPY) as engine:
+        engine.receive_weights(WEIGHTS.items(), version=1)
+        assert start(engine, 1).result(20)[0].versions == [1] * 16
+
+
+@pytest.mark.parametrize("path", ["/wake_up", "/sleep"])
+def test_a_server_that_fails_at_sleeping_or_waking_is_left_out_until_it_is_in_order(
+    scripted_server: Callable[..., ScriptedServer],
+    fault_proxy: Callable[..., FaultProxy],
+    path: str,
+):
+    proxy, other = fault_proxy(scripted_server().address), scripted_server()
+    with VLLMEngine([proxy.address, other.address], SLEEPY) as engine:
+        push(engine, 0)
+        proxy.inject(faults.Status(500), path=path, on=[0])
+        engine.sleep()
+        engine.receive_weights(WEIGHTS.items(), version=1)
+        assert [server.address for server in engine._fleet.serving()] == [other.address]
+        wait_until(lambda: len(engine._fleet.serving()) == 2)
+        assert all(response.versions == [1] * 16 for response in start(engine, 8).result(20))
 
 
 # --- Room -----------------------------------------------------------------------------------------

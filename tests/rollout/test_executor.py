@@ -108,6 +108,23 @@ class EngineWithRoom(ScriptedEngine):
             time.sleep(0.001)
 
 
+def test_the_engine_may_sleep_once_a_batch_is_there():
+    class Sleepy(ScriptedEngine):
+        naps = 0
+
+        def sleep(self) -> None:
+            self.naps += 1
+
+    engine = Sleepy(replies=[])
+    cfg = RolloutConfig(prompts_per_step=2, max_staleness=0, batch_timeout_s=0.3)
+    with RolloutExecutor(engine, Workflow(answer), ROWS, cfg) as rollouts:
+        rollouts.next_batch()
+        assert engine.naps == 1
+        with pytest.raises(DeadlineError):
+            rollouts.next_batch()
+        assert engine.naps == 1
+
+
 def test_episodes_start_when_the_engine_has_room_for_their_groups():
     started: list[int] = []
 
