@@ -49,6 +49,10 @@ class RankError(ArealiteError, RuntimeError):
     """The processes of a run cannot find each other."""
 
 
+class OutOfMemoryError(ArealiteError, MemoryError):
+    """The trainer's GPU has no room; the message says who has it, and which settings free some."""
+
+
 class GateError(ArealiteError, RuntimeError):
     """Server and trainer disagree about log-probs; the message names the cause if it is known."""
 

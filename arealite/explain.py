@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from arealite import dist
+from arealite.gpu_plan import plan_gpus
 
 _LABEL_WIDTH = 33
 _VALUE_WIDTH = 12
@@ -66,6 +67,7 @@ def explain(cfg: object) -> str:
         "Age of the weights that sampled, counted from those in training": _age_rows(cfg),
         "The whole run": _run_rows(cfg),
         "Memory of the trainer (an estimate)": _memory_rows(cfg, ranks),
+        "A GPU that trainer and server share (an estimate)": _shared_gpu_rows(cfg, ranks),
     }
     tables = ["\n".join([title, *map(_line, rows)]) for title, rows in sections.items() if rows]
     return "\n\n".join(tables) or "This config has no knobs that other numbers follow from."
@@ -162,49 +164,126 @@ def _memory_rows(cfg: object, ranks: int) -> list[_Row]:
     shape = _model_shape(model)
     if isinstance(shape, str):
         return [_Row(label="parameters", value="unknown", note=shape)]
-    num_trained = shape.num_parameters
-    weights, weights_note = 4 * shape.num_parameters, "float32, of all ranks"
+    need = _trainer_bytes(cfg, shape, ranks)
     rows = [_row("parameters", shape.num_parameters, model)]
     if rank := _knob(cfg, "train.lora_rank"):
-        layers = getattr(getattr(cfg, "train", None), "lora_layers", ())
-        num_trained = shape.num_adapted(rank, layers)
-        if _is_half(cfg):
-            weights, weights_note = 2 * shape.num_parameters, "as in the files, of all ranks"
-        rows.append(_row("trained parameters", num_trained, f"adapters of train.lora_rank {rank}"))
-        weights += 4 * num_trained
-    tensor = 4 * num_trained
+        note = f"adapters of train.lora_rank {rank}"
+        rows.append(_row("trained parameters", need.gradients // 4, note))
+    is_frozen = bool(_knob(cfg, "train.lora_rank")) and _is_half(cfg)
+    weights_note = "as in the files, of all ranks" if is_frozen else "float32, of all ranks"
     rows += [
-        _Row(label="weights", value=_bytes(weights), note=weights_note),
-        _Row(label="gradients", value=_bytes(tensor), note="float32, of all ranks"),
-        _Row(label="AdamW states", value=_bytes(2 * tensor), note="2 x float32, of all ranks"),
+        _Row(label="weights", value=_bytes(need.weights), note=weights_note),
+        _Row(label="gradients", value=_bytes(need.gradients), note="float32, of all ranks"),
+        _Row(label="AdamW states", value=_bytes(need.states), note="2 x float32, of all ranks"),
         _Row(
             label="sum per rank",
-            value=_bytes((weights + 3 * tensor) // ranks),
+            value=_bytes(need.kept_per_rank + need.gradients // ranks),
             note=f"FSDP over {_count(ranks, 'rank')}; one gathered block comes on top",
         ),
     ]
-    return rows + _micro_batch_memory_rows(cfg, shape) + _context_rows(cfg, shape)
+    return rows + _micro_batch_memory_rows(cfg, shape, need) + _context_rows(cfg, shape)
 
 
-def _micro_batch_memory_rows(cfg: object, shape: _ModelShape) -> list[_Row]:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _TrainerBytes:
+    """What training takes, of all ranks together but for the micro-batch."""
+
+    weights: int
+    gradients: int
+    states: int
+    ranks: int
+    activations: int
+    logits: int
+
+    @property
+    def kept_per_rank(self) -> int:
+        """Also while nobody trains."""
+        return (self.weights + self.states) // self.ranks
+
+    @property
+    def most_per_rank(self) -> int:
+        """In the middle of a step."""
+        step = self.gradients // self.ranks + self.activations + self.logits
+        return self.kept_per_rank + step
+
+
+def _trainer_bytes(cfg: object, shape: _ModelShape, ranks: int) -> _TrainerBytes:
+    is_half = _is_half(cfg)
+    num_trained, weights = shape.num_parameters, 4 * shape.num_parameters
+    if rank := _knob(cfg, "train.lora_rank"):
+        layers = getattr(getattr(cfg, "train", None), "lora_layers", ())
+        num_trained = shape.num_adapted(rank, layers)
+        weights = (2 if is_half else 4) * shape.num_parameters + 4 * num_trained
+    num_tokens = _knob(cfg, "train.micro_batch_tokens") or 0
+    is_recomputed = _is_recomputed(cfg)
+    kept = shape.num_layers * (_KEPT_WHEN_RECOMPUTED if is_recomputed else _KEPT)
+    kept += _KEPT if is_recomputed else 0  # the one layer that is being computed again
+    return _TrainerBytes(
+        weights=weights,
+        gradients=4 * num_trained,
+        states=8 * num_trained,
+        ranks=ranks,
+        activations=kept * num_tokens * shape.hidden_size * (2 if is_half else 4),
+        logits=4 * num_tokens * min(shape.vocabulary_size, _COLUMNS),
+    )
+
+
+def _micro_batch_memory_rows(cfg: object, shape: _ModelShape, need: _TrainerBytes) -> list[_Row]:
     num_tokens = _knob(cfg, "train.micro_batch_tokens")
     if not num_tokens:
         return []
-    is_half = _is_half(cfg)
-    is_recomputed = getattr(getattr(cfg, "train", None), "activation_checkpointing", False) is True
-    kept = shape.num_layers * (_KEPT_WHEN_RECOMPUTED if is_recomputed else _KEPT)
-    kept += _KEPT if is_recomputed else 0  # the one layer that is being computed again
-    activations = kept * num_tokens * shape.hidden_size * (2 if is_half else 4)
-    dtype = "bfloat16" if is_half else "float32"
-    how = ", with checkpointing" if is_recomputed else ""
+    dtype = "bfloat16" if _is_half(cfg) else "float32"
+    how = ", with checkpointing" if _is_recomputed(cfg) else ""
     note = f"roughly; {num_tokens:,} tokens in {dtype}{how}"
     width = min(shape.vocabulary_size, _COLUMNS)
     logits_note = f"float32, {width:,} of {shape.vocabulary_size:,} columns at a time"
-    logits = _bytes(4 * num_tokens * width)
     return [
-        _Row(label="activations of a micro-batch", value=_bytes(activations), note=note),
-        _Row(label="logits of a micro-batch", value=logits, note=logits_note),
+        _Row(label="activations of a micro-batch", value=_bytes(need.activations), note=note),
+        _Row(label="logits of a micro-batch", value=_bytes(need.logits), note=logits_note),
     ]
+
+
+def _shared_gpu_rows(cfg: object, ranks: int) -> list[_Row]:
+    """What is left of a GPU that trainer and server share; nothing where they do not."""
+    model, server = getattr(cfg, "model", None), getattr(cfg, "server", None)
+    total = _gpu_bytes()
+    if total is None or not isinstance(model, str) or server is None or server.addresses:
+        return []
+    plan, shape = plan_gpus(server.gpus, server.memory_share), _model_shape(model)
+    if not plan.is_shared or isinstance(shape, str):
+        return []
+    need, served = _trainer_bytes(cfg, shape, ranks), int(plan.memory_share * total)
+    beside = 0 if server.sleep else served
+    return [
+        _Row(label="memory of the GPU", value=_bytes(total), note=""),
+        _Row(
+            label="server",
+            value=_bytes(served),
+            note=f"server.memory_share {plan.memory_share:g}"
+            + (", which sleeps while the trainer works" if server.sleep else ""),
+        ),
+        _left("left while servers generate", total - served - need.kept_per_rank),
+        _left("left while the trainer works", total - beside - need.most_per_rank),
+    ]
+
+
+def _left(label: str, number: int) -> _Row:
+    if number >= 0:
+        return _Row(label=label, value=_bytes(number), note="before what CUDA itself takes")
+    note = (
+        f"TOO LITTLE, by {_bytes(-number)}: lower train.micro_batch_tokens or server.memory_share, "
+        "set train.activation_checkpointing, server.sleep or train.lora_rank"
+    )
+    return _Row(label=label, value="none", note=note)
+
+
+def _gpu_bytes() -> int | None:
+    """Memory of the first GPU, if there is one."""
+    return torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
+
+
+def _is_recomputed(cfg: object) -> bool:
+    return getattr(getattr(cfg, "train", None), "activation_checkpointing", False) is True
 
 
 def _is_half(cfg: object) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import pytest
+import torch
 
 from arealite import data
 from arealite import explain as explanation
@@ -166,6 +167,55 @@ def test_recomputing_and_bfloat16_take_less_memory():
 
 def test_logits_are_counted_as_they_are_made():
     assert explanation._COLUMNS == 2 * TILE_WIDTH
+
+
+@dataclass(frozen=True, kw_only=True)
+class Server:
+    addresses: tuple[str, ...] = ()
+    gpus: str = ""
+    memory_share: float = 0.0
+    sleep: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class WithServer(Config):
+    server: Server = Server()
+
+
+@pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch, model_folder: None) -> None:
+    """Of 2,000 MiB. A micro-batch of 2^20 tokens takes 1,088 + 200 MiB of it, the model nothing."""
+    monkeypatch.setattr(explanation, "_gpu_bytes", lambda: 2_000 * 2**20)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+def plan(server: Server, *, tokens: int = 2**20) -> dict[str, str]:
+    rows = table(WithServer(server=server, train=Train(micro_batch_tokens=tokens)))
+    return {key.removeprefix("A: "): row for key, row in rows.items() if key.startswith("A: ")}
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_shared_gpu_is_divided_among_server_and_trainer():
+    rows = plan(Server())
+    assert rows["server"] == "800.0 MiB | server.memory_share 0.4"
+    # The weights and states of 2,008 parameters are 12 * 2,008 bytes = 0.02 MiB.
+    assert rows["left while servers generate"].startswith("1.2 GiB |")
+    assert rows["left while the trainer works"].startswith("none | TOO LITTLE, by 88.0 MiB: lower")
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_server_that_sleeps_leaves_its_memory_to_the_trainer():
+    rows = plan(Server(sleep=True, memory_share=0.6))
+    assert "sleeps while the trainer works" in rows["server"]
+    assert rows["left while servers generate"].startswith("800.0 MiB |")
+    assert rows["left while the trainer works"].startswith("712.0 MiB |")
+
+
+@pytest.mark.usefixtures("one_gpu")
+@pytest.mark.parametrize("server", [Server(addresses=("http://a:1",)), Server(gpus="1")])
+def test_a_gpu_that_nobody_shares_has_no_plan(server: Server):
+    assert plan(server) == {}
 
 
 def test_memory_of_a_real_size_is_sixteen_bytes_per_parameter_over_the_ranks(tmp_path, monkeypatch):

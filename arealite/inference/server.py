@@ -21,6 +21,7 @@ from arealite import dist
 from arealite.config import check_at_least
 from arealite.data import resolve_model
 from arealite.errors import ConfigError, ServerError
+from arealite.gpu_plan import plan_gpus
 from arealite.inference.supervisor import end_processes
 from arealite.inference.tokens import TOKEN, find_token
 from arealite.inference.transport import WEIGHTS_DIR
@@ -355,19 +356,21 @@ def _command(model: str, cfg: ServerConfig) -> list[str]:
 
 def _on_gpus(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
     """Arguments of every server, and the environment of each: as many as the GPUs hold."""
-    trained_on = [str(rank) for rank in range(int(os.getenv("LOCAL_WORLD_SIZE", "1")))]
-    present = [str(index) for index in range(torch.cuda.device_count())]
-    free = [gpu for gpu in present if gpu not in trained_on]
-    gpus = cfg.gpus.split(",") if cfg.gpus else free or present
-    size = cfg.tensor_parallel
+    plan = plan_gpus(cfg.gpus, cfg.memory_share)
+    gpus, size = plan.gpus, cfg.tensor_parallel
     if len(gpus) < size:
         raise ConfigError(
             f"server.tensor_parallel={size} needs as many GPUs, but there are {len(gpus)}: "
             f"{','.join(gpus)}. Lower it, or name more in server.gpus."
         )
-    share = cfg.memory_share or (0.4 if set(gpus) & set(trained_on) else 0.9)
-    options = ["--gpu-memory-utilization", str(share), *["--enable-sleep-mode"] * cfg.sleep]
-    return options, [
+    if plan.is_shared:
+        print(
+            f"Trainer and server share GPU {','.join(gpus)}: vLLM takes {plan.memory_share:.0%} of "
+            f"its memory (server.memory_share){', and none while we train' * cfg.sleep}. "
+            "--explain shows what is left."
+        )
+    options = ["--gpu-memory-utilization", str(plan.memory_share)]
+    return options + ["--enable-sleep-mode"] * cfg.sleep, [
         {"CUDA_VISIBLE_DEVICES": ",".join(gpus[start : start + size])}
         for start in range(0, len(gpus) - size + 1, size)
     ]

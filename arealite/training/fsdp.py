@@ -9,6 +9,7 @@ Micro-batches live on the CPU between calls, so a recipe never mentions a device
 import math
 import os
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Self
@@ -27,7 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arealite import dist
-from arealite.errors import ConfigError
+from arealite.errors import ConfigError, OutOfMemoryError
 from arealite.training import export, lora
 from arealite.training.canary import check_model
 from arealite.training.model import PolicyModel, blocks, load_model, on_device
@@ -143,7 +144,8 @@ class FSDPEngine:
 
         float32 (or float64, if that is cfg.dtype); 0 for the first token of each sequence.
         """
-        logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
+        with self._no_silent_shortage():
+            logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
         self._reshard()
         return logprobs
 
@@ -164,6 +166,10 @@ class FSDPEngine:
         if not minibatch:
             raise ConfigError("step() got no micro-batch. Pass one minibatch of those pack made.")
         self._optimizer.zero_grad(set_to_none=True)
+        with self._no_silent_shortage():
+            return self._step(minibatch, loss_fn, head)
+
+    def _step(self, minibatch: list[MicroBatch], loss_fn: LossFn, head: Head) -> StepStats:
         sums = []
         for index, mb in enumerate(minibatch):
             is_last = index == len(minibatch) - 1
@@ -175,6 +181,20 @@ class FSDPEngine:
         sums.append({"squared_norm": squared_norm})
         # Summed by name: a rank with only empty micro-batches has no metrics of the loss function.
         return self._update(gradients, _total(dist.gather(_total(sums))))
+
+    @contextmanager
+    def _no_silent_shortage(self) -> Iterator[None]:
+        """Say who has the GPU's memory when it runs out, and what to do."""
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"The trainer's GPU is out of memory{_who_has_it(self._device)}. What helps, the "
+                f"cheapest first: lower train.micro_batch_tokens={self.cfg.micro_batch_tokens}; "
+                "train.activation_checkpointing=true; where a server shares this GPU, "
+                "server.sleep=true or a lower server.memory_share; train.lora_rank=32; "
+                "train.cpu_offload=true; more ranks."
+            ) from error
 
     def _backward(self, mb: MicroBatch, loss_fn: LossFn, head: Head) -> dict[str, float]:
         """Adds the gradient of one micro-batch; its sums, the loss function's as `metrics/...`."""
@@ -334,6 +354,19 @@ def _local(tensor: torch.Tensor | None) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _who_has_it(device: torch.device) -> str:
+    """Of the memory of a GPU."""
+    if device.type != "cuda":
+        return ""
+    free, total = torch.cuda.mem_get_info(device)
+    ours = torch.cuda.memory_reserved(device)
+    gib = 2**30
+    return (
+        f": of its {total / gib:.1f} GiB this process has {ours / gib:.1f} and others have "
+        f"{(total - free - ours) / gib:.1f}"
+    )
 
 
 def _total(parts: Iterable[dict[str, float]]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite import dist
-from arealite.errors import CheckpointError, ConfigError
+from arealite.errors import CheckpointError, ConfigError, OutOfMemoryError
 from arealite.testing import make_tiny_model
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import pack
@@ -571,3 +571,14 @@ def test_two_ranks_export_the_folder_of_one(two_ranks: Any):
     exported = AutoModelForCausalLM.from_pretrained(two_ranks("out") / "exported").state_dict()
     weights = two_ranks("weights")
     assert same({name: exported[name] for name in weights}, weights)
+
+
+def test_memory_that_runs_out_says_which_settings_free_some(model_path: str):
+    def greedy(logprobs: torch.Tensor, mb: MicroBatch) -> LossOutput:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with FSDPEngine(model_path, CFG) as engine:
+        with pytest.raises(OutOfMemoryError, match=r"lower train.micro_batch_tokens=8192; ") as out:
+            engine.step(minibatch_of(), greedy)
+        assert "Tried to allocate 2.00 GiB" in str(out.value.__cause__)
+        assert not train_step(engine, minibatch_of()).skipped  # and nothing is lost
