@@ -68,16 +68,17 @@ def run(coroutine: Coroutine[Any, Any, Result], *, timeout_s: float, what: str) 
         DeadlineError: it took longer than `timeout_s`; it names `what`.
     """
     future = submit(coroutine)
-    try:
-        with waiting(what):
+    with waiting(what):
+        try:
             return future.result(timeout_s)
-    except concurrent.futures.TimeoutError as error:
-        if future.done():  # the coroutine's own TimeoutError, not ours
-            raise
-        print(report(), file=sys.stderr, flush=True)
-        raise DeadlineError(
-            f"{what} took longer than {timeout_s:.0f} s. If a workflow or reward blocks the event "
-            "loop, make it a plain `def` (it then runs in its own process)."
-        ) from error
-    finally:
-        future.cancel()
+        except concurrent.futures.TimeoutError as error:
+            if future.done():  # the coroutine's own TimeoutError, not ours
+                raise
+            print(report(), file=sys.stderr, flush=True)
+            raise DeadlineError(
+                f"{what} took longer than {timeout_s:.0f} s. What it waits for stands above. If it "
+                "is a workflow that blocks the event loop: await what takes time, or run it in "
+                "asyncio.to_thread. A reward may be a plain `def`, which runs in its own process."
+            ) from error
+        finally:
+            future.cancel()

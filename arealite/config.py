@@ -26,6 +26,7 @@ import sys
 import time
 import typing
 from collections.abc import Sequence
+from numbers import Integral, Real
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar, cast
@@ -125,17 +126,39 @@ def to_dict(cfg: object) -> dict[str, Any]:
 def check_at_least(cfg: object, section: str = "", **least: float) -> None:
     """Raise one ConfigError that names every field below its least value; for `__post_init__`.
 
+    Numbers, words and switches of another type than their field says are named first.
+
     Args:
         section: the field that holds `cfg` in a recipe's Config, for the message.
     """
     prefix = f"{section}." if section else ""
+    types = typing.get_type_hints(type(cfg))
     problems = [
+        f"{prefix}{name}={value!r} {rule}."
+        for name, type_ in types.items()
+        if (rule := _broken_rule(type_, value := getattr(cfg, name)))
+    ]
+    problems = problems or [
         f"{prefix}{name}={getattr(cfg, name)} must be at least {minimum}."
         for name, minimum in least.items()
         if not getattr(cfg, name) >= minimum
     ]
     if problems:
         raise ConfigError("\n".join(problems))
+
+
+def _broken_rule(type_: object, value: object) -> str:
+    """What a value must be to have the type of its field; empty if it has."""
+    if typing.get_origin(type_) is typing.Literal:
+        allowed = typing.get_args(type_)
+        return "" if value in allowed else f"is none of {allowed}"
+    rules = {int: (Integral, "a whole number"), float: (Real, "a number")}
+    rules |= {bool: (bool, "true or false"), str: (str, "text")}
+    if type_ not in rules:
+        return ""
+    kind, name = rules[type_]
+    is_right = isinstance(value, kind) and (type_ is bool or not isinstance(value, bool))
+    return "" if is_right else f"must be {name}"
 
 
 def _parse(config_class: type[ConfigT], argv: Sequence[str]) -> ConfigT:

@@ -4,8 +4,10 @@ G trajectories in a group, L tokens in a trajectory, T packed tokens in a micro-
 Alignment, everywhere: index t holds facts about token t. Only training/logprobs.py shifts by one.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import torch
@@ -33,16 +35,25 @@ class SamplingParams:
     """Go on behind the end token until the budget is used up; for measurements."""
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:
-            raise ConfigError(f"sampling.temperature={self.temperature} must be 0 or more.")
-        if not 0 < self.top_p <= 1:
-            raise ConfigError(f"sampling.top_p={self.top_p} must be above 0 and at most 1.")
-        if self.max_new_tokens < 1:
-            raise ConfigError(f"sampling.max_new_tokens={self.max_new_tokens} must be at least 1.")
+        checks = {
+            "temperature": (_is_finite(self.temperature) and self.temperature >= 0, "0 or more"),
+            "top_p": (_is_finite(self.top_p) and 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "max_new_tokens": (
+                isinstance(self.max_new_tokens, Integral) and self.max_new_tokens >= 1,
+                "a whole number, at least 1",
+            ),
+        }
+        for name, (is_right, rule) in checks.items():
+            if not is_right:
+                raise ConfigError(f"sampling.{name}={getattr(self, name)!r} must be {rule}.")
 
     def greedy(self) -> "SamplingParams":
         """The same budget, always the most likely token."""
         return replace(self, temperature=0.0, top_p=1.0)
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

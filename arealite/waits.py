@@ -8,6 +8,7 @@ stacks of its threads and asyncio tasks; again after twice the time, and so on.
 """
 
 import asyncio
+import contextvars
 import itertools
 import sys
 import threading
@@ -38,6 +39,7 @@ class _Wait:
 
 
 _waits: dict[int, _Wait] = {}
+_cut_short: contextvars.ContextVar[list[_Wait] | None] = contextvars.ContextVar("cut", default=None)
 _loops: list[asyncio.AbstractEventLoop] = []
 _next_key = itertools.count()
 _watchdog: threading.Thread | None = None
@@ -57,11 +59,39 @@ def waiting(
     _start_watchdog()
     key = next(_next_key)
     since_s = time.monotonic()
-    _waits[key] = _Wait(what, threading.current_thread().name, since_s, since_s + alarm_after_s)
+    wait = _Wait(what, threading.current_thread().name, since_s, since_s + alarm_after_s)
+    _waits[key] = wait
     try:
         yield
+    except asyncio.CancelledError:
+        if (cut := _cut_short.get()) is not None:
+            cut.append(wait)
+        raise
     finally:
         del _waits[key]
+
+
+@contextmanager
+def noting_cut_waits() -> Iterator[Callable[[], str]]:
+    """For a body that may be cancelled: a function that tells what it was waiting for then."""
+    cut: list[_Wait] = []
+    token = _cut_short.set(cut)
+    try:
+        yield lambda: "; ".join(_in_words(cut))
+    finally:
+        _cut_short.reset(token)
+
+
+def _in_words(waits: list[_Wait]) -> Iterator[str]:
+    """The waits, those with the same words as one, with the longest of them."""
+    now_s = time.monotonic()
+    groups: dict[str, list[float]] = {}
+    for wait in waits:
+        what = wait.what if isinstance(wait.what, str) else _asked(wait.what)
+        groups.setdefault(what, []).append(now_s - wait.since_s)
+    for what, ages_s in groups.items():
+        count = f"{len(ages_s)} times, " if ages_s[1:] else ""
+        yield f"{what} ({count}for {max(ages_s):.0f} s)"
 
 
 def watch_tasks(loop: asyncio.AbstractEventLoop) -> None:

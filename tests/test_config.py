@@ -1,7 +1,9 @@
 import itertools
+import math
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -12,7 +14,11 @@ from hypothesis import strategies as st
 
 from arealite import config
 from arealite.config import install_excepthook, parse, save_config, to_dict
-from arealite.errors import ConfigError, DataError
+from arealite.errors import ConfigError, DataError, ServerError
+from arealite.inference.server import ServerConfig
+from arealite.inference.vllm import VLLMEngine
+from arealite.rollout.executor import RolloutConfig
+from arealite.training.fsdp import FSDPConfig
 from arealite.types import SamplingParams
 
 
@@ -690,3 +696,40 @@ def test_a_script_ends_with_the_exit_code_and_without_a_traceback(
     assert done.returncode == code
     assert done.stderr.startswith(err) and done.stderr.count("\n") == (code != 0)
     assert done.stdout.endswith(out) and ("A recipe's own class." in done.stdout) == (code == 0)
+
+
+# --- Values that come from Python, not from a command line ----------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        (lambda: ServerConfig(kv="recomptue"), r"server.kv='recomptue' is none of \('recompute', "),  # type: ignore[arg-type]
+        (lambda: ServerConfig(interrupt="drian"), r"server.interrupt='drian' is none of"),  # type: ignore[arg-type]
+        (lambda: ServerConfig(max_num_seqs="8"), r"server.max_num_seqs='8' must be a whole number"),  # type: ignore[arg-type]
+        (lambda: ServerConfig(max_num_seqs=True), "server.max_num_seqs=True must be a whole numb"),
+        (lambda: ServerConfig(patience_s="1"), r"server.patience_s='1' must be a number"),  # type: ignore[arg-type]
+        (lambda: ServerConfig(sleep="no"), r"server.sleep='no' must be true or false"),  # type: ignore[arg-type]
+        (lambda: RolloutConfig(prompts_per_step=2.5), "prompts_per_step=2.5 must be a whole"),  # type: ignore[arg-type]
+        (lambda: FSDPConfig(dtype="half"), "train.dtype='half' is none of"),  # type: ignore[arg-type]
+        (lambda: FSDPConfig(lr="1e-5"), "train.lr='1e-5' must be a number"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(temperature="1"), "sampling.temperature='1' must be"),  # type: ignore[arg-type]
+        (lambda: SamplingParams(temperature=math.inf), "sampling.temperature=inf must be"),
+        (lambda: SamplingParams(top_p=math.nan), "sampling.top_p=nan must be"),
+        (lambda: SamplingParams(max_new_tokens=2.5), "sampling.max_new_tokens=2.5 must be"),  # type: ignore[arg-type]
+        (lambda: ServerConfig(addresses=("127.0.0.1:9",)), "'127.0.0.1:9' is not the address"),
+        (lambda: ServerConfig(addresses=("http://a:99999",)), "'http://a:99999' is not the addr"),
+        (lambda: ServerConfig(addresses="http://a:1"), r"must be a list: \['http://a:1'\]"),  # type: ignore[arg-type]
+        (lambda: VLLMEngine("http://a:1"), r"must be a list: \['http://a:1'\]"),
+        (lambda: VLLMEngine([]), r"No address of a server was given\. Start one"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_is_named(make: Callable[[], object], complaint: str):
+    with pytest.raises((ConfigError, ServerError), match=complaint):
+        make()
+
+
+def test_every_setting_of_the_wrong_type_is_named_at_once():
+    with pytest.raises(ConfigError) as raised:
+        ServerConfig(kv="x", max_num_seqs=1.5)  # type: ignore[arg-type]
+    assert len(str(raised.value).splitlines()) == 2

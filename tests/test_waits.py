@@ -2,11 +2,13 @@ import asyncio
 import re
 import threading
 import time
+from contextlib import suppress
 
 import pytest
 
 from arealite import background, waits
-from arealite.waits import report, waiting
+from arealite.errors import DeadlineError
+from arealite.waits import noting_cut_waits, report, waiting
 
 
 @pytest.fixture(autouse=True)
@@ -75,3 +77,37 @@ def test_a_short_wait_is_never_reported(capfd: pytest.CaptureFixture[str]):
     with waiting("a moment", alarm_after_s=60):
         time.sleep(0.2)
     assert "no progress" not in capfd.readouterr().err
+
+
+def test_a_wait_of_the_caller_stands_in_the_report_of_its_deadline(
+    capsys: pytest.CaptureFixture[str],
+):
+    with pytest.raises(DeadlineError, match=r"a long sleep took longer than 0 s. What it waits"):
+        background.run(asyncio.sleep(10), timeout_s=0.1, what="a long sleep")
+    assert "s  MainThread: a long sleep" in capsys.readouterr().err
+
+
+def test_what_a_cancelled_task_was_waiting_for_is_told():
+    async def one() -> None:
+        with waiting("the whole"), waiting("a part"):
+            await asyncio.sleep(10)
+
+    async def both() -> str:
+        with noting_cut_waits() as cut, suppress(TimeoutError):
+            async with asyncio.timeout(0.1):
+                await asyncio.gather(one(), one())
+        return cut()
+
+    assert asyncio.run(both()) == "a part (2 times, for 0 s); the whole (2 times, for 0 s)"
+
+
+def test_a_wait_that_ends_by_itself_is_not_told_of():
+    async def one() -> str:
+        with noting_cut_waits() as cut:
+            with waiting("a moment"):
+                await asyncio.sleep(0)
+            with suppress(KeyError), waiting("a value"):
+                raise KeyError
+        return cut()
+
+    assert asyncio.run(one()) == ""

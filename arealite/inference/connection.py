@@ -185,7 +185,8 @@ class Connection:
             if size > self._max_reply_bytes:
                 raise ServerError(
                     f"{reply.url.path} of {self.address} sent more than "
-                    f"{self._max_reply_bytes:,} bytes."
+                    f"{self._max_reply_bytes:,} bytes. Raise server.max_reply_bytes, or lower "
+                    "sampling.max_new_tokens."
                 )
         return b"".join(parts)
 

@@ -11,6 +11,7 @@ only `synced` brings it back. No threads, no clock, no network here.
 """
 
 from collections import OrderedDict
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -44,7 +45,9 @@ class Fleet:
     """
 
     def __init__(self, addresses: list[str], *, is_pusher: bool = False) -> None:
-        if len(set(addresses)) < len(addresses) or not addresses:
+        if not addresses:
+            raise ServerError("No address of a server was given. Start one with `arealite serve`.")
+        if len(set(addresses)) < len(addresses):
             raise ServerError(f"Each server needs an address of its own, but got {addresses}.")
         self.servers = [Server(address) for address in addresses]
         self.version = -1
@@ -61,15 +64,21 @@ class Fleet:
     def serving(self) -> list[Server]:
         return [server for server in self.servers if server.state == "serving"]
 
-    def choose(self, conversation: int | None = None, avoid: Server | None = None) -> Server | None:
+    def choose(
+        self,
+        conversation: int | None = None,
+        avoid: Server | None = None,
+        resting: Collection[Server] = (),
+    ) -> Server | None:
         """The server for a request: that of its conversation, else the least loaded one.
 
         Args:
             avoid: one that just failed this request; taken only if there is no other.
+            resting: those that asked to be left alone; never taken.
         """
         if self.is_closed_to_new:
             return None
-        serving = self.serving()
+        serving = [server for server in self.serving() if server not in resting]
         candidates = [server for server in serving if server is not avoid] or serving
         if not candidates:
             return None

@@ -11,6 +11,7 @@ N sequences in a batch, W the longest of their contexts, V words in the vocabula
 
 import asyncio
 import atexit
+import math
 import threading
 from collections import deque
 from collections.abc import Iterable
@@ -32,6 +33,7 @@ from arealite.errors import (
     TrajectoryError,
 )
 from arealite.types import FinishReason, ModelRequest, ModelResponse, SamplingParams
+from arealite.waits import waiting
 
 MAX_BATCHES = 4
 """Batches that take turns; of one more, the two smallest become one, and its cache is made anew."""
@@ -116,7 +118,8 @@ class HFEngine:
                 raise ServerError(f"{self._ending} Make a new one.") from self._ending
             self._waiting.append(sequence)
             self._turn.notify_all()
-        return await asyncio.wrap_future(sequence.outcome)
+        with waiting("a reply of HFEngine", alarm_after_s=math.inf):
+            return await asyncio.wrap_future(sequence.outcome)
 
     def pause(self) -> None:
         """Freeze running requests between two tokens; new ones queue."""

@@ -35,6 +35,7 @@ class Counts:
 
     tokens: float = 0.0  # of prompts and responses
     running: float = 0.0  # requests it works on now
+    queued: float = 0.0  # and those that wait for it
     prefix_queries: float = 0.0  # prompt tokens that were looked up in its cache
     prefix_hits: float = 0.0  # those that were found
 
@@ -177,11 +178,18 @@ class Monitor:
             self._totals.prefix_hits += max(0.0, counts.prefix_hits - before.prefix_hits)
             self._totals.prefix_queries += max(0.0, counts.prefix_queries - before.prefix_queries)
             self._counts[server] = counts
-            if counts.tokens != before.tokens or not counts.running or self._fleet.is_updating:
+            has_forgotten = not counts.running and not counts.queued and server.running > 0
+            is_at_work = bool(counts.running) or has_forgotten
+            if counts.tokens != before.tokens or not is_at_work or self._fleet.is_updating:
                 since = time.monotonic()
             elif time.monotonic() - since <= self._progress_timeout_s:
                 continue
             elif await self._is_paused(server):
+                since = time.monotonic()
+            elif has_forgotten:
+                reason = f"it has no requests, but did not answer {server.running}"
+                print(f"warning: {server.address}: {reason}. They are asked again.", flush=True)
+                self._connections[server].give_up(reason)
                 since = time.monotonic()
             else:
                 self._fleet.missed_update(server, "it must show that it generates")
@@ -196,6 +204,7 @@ _FIELDS = {
     "vllm:generation_tokens_total": "tokens",
     "vllm:prompt_tokens_total": "tokens",
     "vllm:num_requests_running": "running",
+    "vllm:num_requests_waiting": "queued",
     "vllm:prefix_cache_queries_total": "prefix_queries",
     "vllm:prefix_cache_hits_total": "prefix_hits",
 }

@@ -9,10 +9,12 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
+from urllib.parse import urlsplit
 
 import psutil
 import torch
@@ -106,12 +108,27 @@ class ServerConfig:
         check_at_least(self, "server", hang_timeout_s=2, progress_timeout_s=1, max_reply_bytes=1)
         if not 0 <= self.memory_share <= 1:
             raise ConfigError(f"server.memory_share={self.memory_share} must be between 0 and 1.")
-        for address in self.addresses:
-            if not address.startswith(("http://", "https://", "unix://")):
-                raise ConfigError(
-                    f"server.addresses: {address!r} must begin with http://, or unix:// for a "
-                    "socket."
-                )
+        check_addresses(self.addresses)
+
+
+def check_addresses(addresses: Sequence[str]) -> None:
+    """Raise ConfigError unless each could be that of a server."""
+    if isinstance(addresses, str):
+        raise ConfigError(f"server.addresses: {addresses!r} must be a list: [{addresses!r}].")
+    for address in addresses:
+        try:
+            parts = urlsplit(address)
+            is_right = bool(
+                (parts.scheme == "unix" and parts.path)
+                or (parts.scheme in ("http", "https") and parts.hostname and parts.port != 0)
+            )
+        except (ValueError, AttributeError):  # a port beyond 65535, or no text at all
+            is_right = False
+        if not is_right:
+            raise ConfigError(
+                f"server.addresses: {address!r} is not the address of a server. Write "
+                "http://host:port, or unix:///path of a socket."
+            )
 
 
 class Servers:

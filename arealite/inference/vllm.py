@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -41,7 +41,7 @@ from arealite.inference.fleet import Fleet, Server
 from arealite.inference.monitor import Monitor
 from arealite.inference.pusher import Pusher
 from arealite.inference.reply import StaleReplyError, UnreadableReplyError, parse_reply
-from arealite.inference.server import ServerConfig, Servers
+from arealite.inference.server import ServerConfig, Servers, check_addresses
 from arealite.inference.transport import Disk, SharedMemory, Transport
 from arealite.inference.turns import Spread
 from arealite.types import ModelRequest, ModelResponse
@@ -87,6 +87,7 @@ class VLLMEngine:
 
     def __init__(self, servers: Servers | Sequence[str], cfg: ServerConfig | None = None) -> None:
         if not isinstance(servers, Servers):
+            check_addresses(servers)
             servers = Servers([address.rstrip("/") for address in servers], cfg or ServerConfig())
         self._servers, self._cfg = servers, servers.cfg
         self._fleet = Fleet(servers.addresses)
@@ -125,11 +126,12 @@ class VLLMEngine:
         self._num_durations = 0
         self._usual_s = math.inf
         self._num_retries = 0
+        self._rests_until_s: dict[Server, float] = {}
         self._request_numbers = itertools.count()
         self._retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type((RetryableError, UnreadableReplyError)),
             stop=self._has_asked_enough,
-            wait=_wait_s,
+            wait=tenacity.wait_random_exponential(multiplier=0.2, max=5),
             reraise=True,
         )
         try:
@@ -311,8 +313,8 @@ class VLLMEngine:
 
         try:
             return await attempt()
-        except (RetryableError, UnreadableReplyError) as error:
-            await asyncio.sleep(getattr(error, "wait_s", 0.0) + random.uniform(0.05, 0.15))
+        except (RetryableError, UnreadableReplyError):
+            await asyncio.sleep(random.uniform(0.05, 0.15))
         return await self._retrying(attempt)
 
     async def _ask(
@@ -356,7 +358,9 @@ class VLLMEngine:
             self._fleet.missed_update(server, str(error))
             self._monitor.suspect(server)
             raise
-        except RetryableError:
+        except RetryableError as error:
+            if error.wait_s:
+                self._rests_until_s[server] = time.monotonic() + error.wait_s
             self._monitor.suspect(server)
             raise
         finally:
@@ -411,17 +415,41 @@ class VLLMEngine:
     async def _serving(self, conversation: int | None, avoid: Server | None) -> Server:
         """A server to ask, as soon as there is one."""
         has_ended = self._watching is None or self._watching.done()
-        if (server := self._fleet.choose(conversation, avoid)) is not None and not has_ended:
+        server = self._fleet.choose(conversation, avoid, self._resting())
+        if server is not None and not has_ended:
             return server
         began_s = time.monotonic()
-        with waiting("a server that serves"):
-            while (server := self._fleet.choose(conversation, avoid)) is None or has_ended:
-                self._check_hope(time.monotonic() - began_s)
+        with waiting(self._what_is_awaited()):
+            while (
+                server := self._fleet.choose(conversation, avoid, self._resting())
+            ) is None or has_ended:
+                if not self._resting():
+                    self._check_hope(time.monotonic() - began_s)
                 # Not asyncio.wait_for, which before Python 3.12 may swallow a cancellation.
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(1.0):
+                    async with asyncio.timeout(self._until_rested_s()):
                         await self._look_again.wait()
         return server
+
+    def _resting(self) -> list[Server]:
+        """Servers that serve, but asked to be left alone for a while."""
+        now_s = time.monotonic()
+        self._rests_until_s = {
+            server: until_s for server, until_s in self._rests_until_s.items() if until_s > now_s
+        }
+        return [server for server in self._rests_until_s if server.state == "serving"]
+
+    def _until_rested_s(self) -> float:
+        """Seconds until the next look at the servers; not the same for all requests."""
+        ends_s = [until_s - time.monotonic() for until_s in self._rests_until_s.values()]
+        return min([1.0, *(max(0.0, end_s) + random.uniform(0.01, 0.1) for end_s in ends_s)])
+
+    def _what_is_awaited(self) -> str:
+        resting = self._resting()
+        if not resting:
+            return "a server that serves"
+        addresses = ", ".join(server.address for server in resting)
+        return f"{addresses} to be ready again (it answered 429 or 503 with Retry-After)"
 
     def _check_hope(self, waited_s: float) -> None:
         """Raise if no server will come, however long a request waits."""
@@ -523,17 +551,6 @@ def _generate_body(request: ModelRequest, budget: int) -> dict[str, Any]:
             "detokenize": False,
         },
     }
-
-
-_BACKOFF: Callable[[tenacity.RetryCallState], float] = tenacity.wait_random_exponential(
-    multiplier=0.2, max=5
-)
-
-
-def _wait_s(state: tenacity.RetryCallState) -> float:
-    """Seconds until the next attempt: a random back-off, on top of what the server asked for."""
-    error = state.outcome.exception() if state.outcome else None
-    return _BACKOFF(state) + getattr(error, "wait_s", 0.0)
 
 
 def _is_local(address: str) -> bool:

@@ -20,12 +20,12 @@ import threading
 import time
 import traceback
 from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
-from typing import Self, get_args
+from typing import Self
 
 import arealite
 from arealite import background, dist
@@ -44,7 +44,7 @@ from arealite.errors import (
 )
 from arealite.rollout.admission import Admission, Order, Ticket, merge_cursors
 from arealite.types import Cursor, LostRow, Row, Trajectory
-from arealite.waits import report, waiting
+from arealite.waits import noting_cut_waits, report, waiting
 
 POLL_S = 0.01
 """How often the rollout thread looks for a new weight version."""
@@ -85,8 +85,6 @@ class RolloutConfig:
     def __post_init__(self) -> None:
         check_at_least(self, "rollout", prompts_per_step=1, max_staleness=0, max_running_prompts=0)
         check_at_least(self, "rollout", episode_timeout_s=1e-3, batch_timeout_s=1e-3)
-        if self.order not in get_args(Order):
-            raise ConfigError(f"rollout.order={self.order!r} is none of {get_args(Order)}.")
         if not 0 <= self.max_failure_share <= 1:
             raise ConfigError(
                 f"rollout.max_failure_share={self.max_failure_share} must be between 0 and 1."
@@ -220,15 +218,21 @@ class RolloutExecutor:
         except concurrent.futures.TimeoutError as error:
             print(report(), file=sys.stderr, flush=True)
             raise DeadlineError(
-                "The rollout thread did not stop within 10 s: a workflow blocks its event loop. "
-                "Await what takes time, or run it in asyncio.to_thread."
+                "The rollout thread did not stop within 10 s: a workflow blocks its event loop, or "
+                "goes on when it is cancelled. Await what takes time, or run it in "
+                "asyncio.to_thread, and let asyncio.CancelledError pass."
             ) from error
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        try:
+            self.close()
+        except DeadlineError as problem:
+            if error is None:
+                raise
+            print(f"warning: {problem}", file=sys.stderr, flush=True)  # the error tells more
 
     async def _run(self) -> None:
         episodes: dict[Ticket, asyncio.Task[None]] = {}
@@ -352,8 +356,9 @@ async def run_episode(
         DeadlineError: it took longer than `timeout_s`; the message shows where it was.
     """
     try:
-        async with asyncio.timeout(timeout_s) as limit:
-            group = await workflow.arun_episode(engine, row)
+        with noting_cut_waits() as cut_waits:
+            async with asyncio.timeout(timeout_s) as limit:
+                group = await _started(workflow, engine, row)
     except GeneratorExit:
         raise
     except asyncio.CancelledError as error:
@@ -363,9 +368,10 @@ async def run_episode(
         raise RolloutError("The episode was cancelled from within.") from error
     except BaseException as error:
         if limit.expired():
-            frames = user_frames(error.__cause__ or error)
+            frames, waits = user_frames(error.__cause__ or error), cut_waits()
             raise DeadlineError(
                 f"An episode took longer than rollout.episode_timeout_s={timeout_s:g}. Raise it"
+                + (f", or see why it waited for {waits}" if waits else "")
                 + (f", or see what took so long:{frames}" if frames else ".")
             ) from error
         cause = first_cause(error)
@@ -373,6 +379,19 @@ async def run_episode(
             cause = error_of_ours("The episode", cause)
         raise cause from cause.__cause__
     return None if group is None else check_group(group, workflow, version=engine.version)
+
+
+def _started(
+    workflow: RolloutWorkflow, engine: InferenceEngine, row: Row
+) -> Awaitable[list[Trajectory] | None]:
+    episode: object = workflow.arun_episode(engine, row)
+    if not isinstance(episode, Awaitable):
+        name = type(workflow).__name__
+        raise ConfigError(
+            f"{name}.arun_episode is not a coroutine function. Write `async def arun_episode(self, "
+            "engine, row)`, with `return` and not `yield`."
+        )
+    return episode
 
 
 def run_episodes(
@@ -432,6 +451,9 @@ def run_episodes(
         failure = first_cause(error)
         dist.announce_failure(describe(failure))
     raise_on_all_ranks(failure)
+    if rows and not any(groups):
+        name = type(workflow).__name__
+        print(f"warning: {name} rejected all of the {len(rows)} rows of an evaluation.", flush=True)
     return [group for group in groups if group is not None]
 
 
@@ -467,10 +489,12 @@ def check_group(
     items = group if isinstance(group, list | tuple) else [group]
     if any(map(inspect.isawaitable, items)):
         raise TrajectoryError(f"{name} returned a coroutine. Put `await` before what it calls.")
-    if items is not group or not group or not all(isinstance(item, Trajectory) for item in group):
+    strangers = [item for item in items if not isinstance(item, Trajectory)]
+    if items is not group or not group or strangers:
+        is_list = items is group and strangers
+        what = f"a list with {strangers[0]!r:.80}" if is_list else f"{group!r:.80}"
         raise TrajectoryError(
-            f"{name} returned {group!r:.80}. Return a list of Trajectory, or None to reject the "
-            "row."
+            f"{name} returned {what}. Return a list of Trajectory, or None to reject the row."
         )
     for trajectory in group:
         if problem := problem_with(trajectory, version):

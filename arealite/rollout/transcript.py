@@ -8,6 +8,7 @@
 Nothing the model produced is ever tokenized again.
 """
 
+import inspect
 import itertools
 
 from transformers import PreTrainedTokenizerBase
@@ -71,6 +72,10 @@ class Transcript:
 
     def add_response(self, response: ModelResponse) -> None:
         """Append what the policy sampled; these are the tokens to train on."""
+        if inspect.isawaitable(response):
+            raise TrajectoryError(
+                "add_response got a coroutine. Put `await` before engine.agenerate(...)."
+            )
         length = len(response.token_ids)
         if not length == len(response.behavior_logprobs) == len(response.versions):
             raise TrajectoryError(

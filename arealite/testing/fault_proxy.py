@@ -182,7 +182,14 @@ class FaultProxy:
             on: which of the requests that fit, counted from 0; None breaks all of them.
             path: only requests for exactly this path fit.
             when: only requests for which this is true fit.
+
+        Raises:
+            TypeError: at once, for what is no fault or no collection of numbers.
         """
+        if not hasattr(fault, "apply"):
+            raise TypeError(f"inject got {fault!r:.80}, which is no fault: see testing.faults.")
+        if on is not None and not isinstance(on, Collection):
+            raise TypeError(f"inject got on={on!r}: write on=[{on!r}].")
         self._injections.append(_Injection(fault, on, path, when))
 
     def clear(self) -> None:

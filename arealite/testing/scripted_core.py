@@ -245,6 +245,8 @@ class ScriptedCore:
             await self._until(lambda: self._may_step() or generation.finish_reason is not None)
             if generation.finish_reason is not None:  # aborted
                 return
+            if not isinstance(token_id, int):
+                raise TypeError(f"a script gives token ids, not {token_id!r:.80}")
             generation.token_ids.append(token_id)
             generation.versions.append(self.version)
             self.num_sampled_tokens += 1

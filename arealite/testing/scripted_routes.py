@@ -4,6 +4,7 @@ Paths, statuses and texts are those of vLLM 0.32 with the development routes, an
 which arealite's own middleware adds to a server.
 """
 
+import traceback
 import uuid
 from collections.abc import Awaitable, Callable
 from typing import Annotated, Any, TypeVar
@@ -40,6 +41,10 @@ async def errors_as_vllm(request: web.Request, handler: Handler) -> web.StreamRe
         return _error(503, str(error), "ServiceUnavailableError")
     except CoreError as error:
         return _error(500, str(error), "InternalServerError")
+    except Exception as error:  # of the test's script, most likely
+        traceback.print_exc()
+        text = f"The script raised {type(error).__name__}: {error}"
+        return _error(500, text, "InternalServerError")
 
 
 class Routes:

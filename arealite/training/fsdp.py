@@ -28,6 +28,7 @@ from torch.distributed.tensor import DTensor
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from arealite import dist
+from arealite.config import check_at_least
 from arealite.errors import ConfigError, OutOfMemoryError
 from arealite.training import export, lora
 from arealite.training.canary import check_model
@@ -81,12 +82,7 @@ class FSDPConfig:
     """Keep weights, gradients and optimizer in CPU memory between uses; no effect without CUDA."""
 
     def __post_init__(self) -> None:
-        for name, allowed in {
-            "schedule": ("constant", "linear", "cosine"),
-            "dtype": ("auto", "float32", "bfloat16", "float64"),
-        }.items():
-            if getattr(self, name) not in allowed:
-                raise ConfigError(f"train.{name}={getattr(self, name)!r} is none of {allowed}.")
+        check_at_least(self, "train")
         beta_1, beta_2 = self.betas
         checks = {
             "lr": (self.lr, 0 <= self.lr < math.inf, "0 or more"),

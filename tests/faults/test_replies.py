@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 
 from arealite.errors import RolloutError
-from arealite.inference import connection
+from arealite.inference import connection, monitor
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import FaultProxy
 from arealite.testing.fault_proxy import Fault, Request
@@ -104,6 +104,17 @@ def test_a_reply_much_slower_than_the_others_is_asked_for_again(
     slow = break_some(proxy, fault, [0])
     engine = connect(proxy, patience_s=1.0)
     assert_all_arrived(oracle.train(engine, asking(), ROWS, steps=6, at={3: slow}))
+    assert num_met(proxy) == 1
+
+
+@pytest.mark.fault(14, "a proxy keeps the very first reply back, which its server has sent")
+def test_a_reply_that_its_server_believes_to_be_sent_is_asked_for_again(
+    oracle: Oracle, proxy: FaultProxy, connect: Connect, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(monitor, "COUNT_EVERY_S", 0.1)
+    lost = break_some(proxy, Blackhole(is_forwarded=True), [0])
+    engine = connect(proxy, progress_timeout_s=1.0)  # nobody knows yet how long a reply takes
+    assert_all_arrived(oracle.train(engine, asking(), ROWS, at={0: lost}))
     assert num_met(proxy) == 1
 
 

@@ -33,12 +33,28 @@ def test_server_and_trainer_agree_after_each_push(transport: str, is_tied: bool,
         assert_agrees_after_each_of_three_pushes(engine, folder)
 
 
-def test_the_demo_learns_with_trainer_and_server_on_one_gpu(start: Callable[..., RecipeRun]):
-    run = start("server.gpus=0", "gate.start_prompts=4")
+@pytest.mark.parametrize("sleep", ["false", "true"], ids=["awake", "asleep"])
+def test_the_demo_learns_with_trainer_and_server_on_one_gpu(
+    start: Callable[..., RecipeRun], sleep: str
+):
+    run = start("server.gpus=0", f"server.sleep={sleep}", "gate.start_prompts=4")
     run.assert_ended(0, within_s=900)
     figures = json.loads(run.printed().splitlines()[-1])
     assert figures["accuracy_before"] <= 0.60
     assert figures["accuracy_after"] >= 0.90
+
+
+def test_a_server_that_sleeps_gives_its_memory_back_and_answers_as_before(tmp_path: Path):
+    folder = make_tiny_model(tmp_path / "model")
+    cfg = ServerConfig(memory_share=0.3, sleep=True)
+    with serve(folder, cfg, log_dir=tmp_path) as servers, VLLMEngine(servers) as engine:
+        assert_agrees_after_each_of_three_pushes(engine, folder)
+        free_awake, total = torch.cuda.mem_get_info()
+        engine.sleep()
+        assert torch.cuda.mem_get_info()[0] - free_awake > 0.2 * total
+        engine.resume()
+        assert abs(torch.cuda.mem_get_info()[0] - free_awake) < 0.05 * total
+        assert_agrees_after_each_of_three_pushes(engine, folder)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -44,6 +44,8 @@ from arealite.testing.faults import (
     Status,
 )
 from arealite.types import ModelRequest, ModelResponse, SamplingParams
+from arealite.waits import report
+from tests.inference.conformance import wait_until
 
 pytest_plugins = ["arealite.testing.plugin"]
 
@@ -135,6 +137,31 @@ def test_retry_after_is_honoured(
     assert ask(engine) == truth
     assert 0.99 <= time.monotonic() - began < 5
     assert faults_met(proxy) == [busy, None]
+
+
+def test_a_server_that_asks_for_rest_gets_no_new_requests(engine: VLLMEngine, proxy: FaultProxy):
+    break_generation(proxy, Status(429, retry_after_s=2), on=[0])
+    asked = ModelRequest(token_ids=[1, 2, 3], sampling=SamplingParams(max_new_tokens=8))
+    first = background.submit(engine.agenerate(asked))
+    wait_until(lambda: len(faults_met(proxy)) == 1)
+    others = [background.submit(engine.agenerate(asked)) for _ in range(4)]
+    time.sleep(0.5)
+    assert len(faults_met(proxy)) == 1
+    assert "to be ready again (it answered 429 or 503 with Retry-After) (5 times)" in report()
+    assert all(one.result(20) for one in [first, *others])
+    assert len(faults_met(proxy)) == 6
+
+
+def test_a_request_that_one_server_is_too_busy_for_goes_to_another(
+    proxy: FaultProxy, scripted_server: Callable[..., ScriptedServer]
+):
+    other = scripted_server()
+    with VLLMEngine([proxy.address, other.address]) as engine:
+        engine.receive_weights([("weight", torch.zeros(2))], version=VERSION)
+        break_generation(proxy, Status(503, retry_after_s=60))
+        assert ask(engine).versions == [VERSION] * 8
+        assert ask(engine).versions == [VERSION] * 8
+        assert len(faults_met(proxy)) <= 1
 
 
 def test_a_bad_request_is_refused_with_the_servers_reason_and_not_asked_again(

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Awaitable, Callable
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,6 +27,7 @@ from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episod
 from arealite.rollout.workflows import ChatWorkflow, SingleTurnWorkflow
 from arealite.testing import ScriptedEngine, byte_tokenizer
 from arealite.types import Cursor, LostRow, Row, SamplingParams, Trajectory
+from arealite.waits import waiting
 from tests.observe.ranks import run_on_two_ranks
 
 ROWS: list[Row] = [{"id": i} for i in range(10)]
@@ -588,3 +590,69 @@ def test_rollouts_before_the_first_push_are_refused():
     engine.version = -1
     with pytest.raises(ConfigError, match="push_weights once before the first rollout"):
         RolloutExecutor(engine, Workflow(answer), ROWS, RolloutConfig(prompts_per_step=2))
+
+
+# --- Slips of a workflow --------------------------------------------------------------------------
+
+
+def test_an_episode_that_takes_too_long_says_what_it_waited_for():
+    async def hang(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        with waiting("a tool of the user"):
+            await asyncio.sleep(100)
+        return []
+
+    limits = RolloutConfig(episode_timeout_s=0.05)
+    with pytest.raises(RolloutError, match=r"Raise it, or see why it waited for a tool of the us"):
+        run_episodes(ScriptedEngine(replies=[]), Workflow(hang), ROWS[:1], limits=limits)
+
+
+class NotACoroutine(Workflow):
+    def arun_episode(self, engine: ScriptedEngine, row: Row) -> None: ...  # type: ignore[override]
+
+
+class AGenerator(Workflow):
+    async def arun_episode(self, engine: ScriptedEngine, row: Row):  # type: ignore[override]
+        yield trajectory(row)
+
+
+@pytest.mark.parametrize("kind", [NotACoroutine, AGenerator])
+def test_an_episode_that_cannot_be_awaited_ends_the_run_at_once(kind: type[Workflow]):
+    engine = ScriptedEngine(replies=[])
+    complaint = f"{kind.__name__}.arun_episode is not a coroutine function. Write `async def"
+    with pytest.raises(ConfigError, match=complaint):
+        run_episodes(engine, kind(answer), ROWS)
+    with (
+        RolloutExecutor(engine, kind(answer), ROWS, RolloutConfig(prompts_per_step=2)) as rollouts,
+        pytest.raises(ConfigError, match=complaint),
+    ):
+        rollouts.next_batch()
+
+
+def test_the_member_of_a_group_that_is_no_trajectory_is_named():
+    async def partly(engine: ScriptedEngine, row: Row) -> Any:
+        return [trajectory(row), None]
+
+    with pytest.raises(RolloutError, match=r"returned a list with None\. Return a list of Traj"):
+        run_episodes(ScriptedEngine(replies=[]), Workflow(partly), ROWS[:1])
+
+
+def test_an_evaluation_that_rejects_every_row_says_so(capsys: pytest.CaptureFixture[str]):
+    async def reject(engine: ScriptedEngine, row: Row) -> None:
+        return None
+
+    assert run_episodes(ScriptedEngine(replies=[]), Workflow(reject), ROWS) == []
+    assert "warning: Workflow rejected all of the 10 rows of an eval" in capsys.readouterr().out
+
+
+def test_an_error_of_the_loop_is_not_hidden_by_an_executor_that_does_not_close(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    def fail() -> None:
+        raise DeadlineError("it did not stop")
+
+    with pytest.raises(KeyError, match="the true one"), executor(answer) as rollouts:
+        close = rollouts.close
+        monkeypatch.setattr(rollouts, "close", fail)
+        raise KeyError("the true one")
+    close()
+    assert "warning: it did not stop" in capsys.readouterr().err

@@ -109,6 +109,16 @@ def test_a_response_with_fewer_log_probs_than_tokens_is_refused():
         chat.add_response(crooked)
 
 
+def test_a_response_that_was_not_awaited_is_refused_with_what_to_write():
+    async def agenerate() -> ModelResponse:
+        return response("4")
+
+    coroutine = agenerate()
+    with pytest.raises(TrajectoryError, match=r"Put `await` before engine.agenerate"):
+        conversation("2+2?").add_response(coroutine)  # type: ignore[arg-type]
+    coroutine.close()
+
+
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     tokenizer = byte_tokenizer()
     tokenizer.chat_template = (

@@ -640,3 +640,13 @@ def test_closing_leaves_no_thread_no_port_and_no_connection(server: ScriptedServ
     assert threading.active_count() == before
     with pytest.raises(ConnectionRefusedError):
         get(proxy.address)
+
+
+def test_what_is_no_fault_is_refused_when_it_is_injected(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    proxy = fault_proxy(scripted_server().address)
+    with pytest.raises(TypeError, match=r"inject got 500, which is no fault: see testing.faults"):
+        proxy.inject(500)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"inject got on=0: write on=\[0\]"):
+        proxy.inject(Status(500), on=0)  # type: ignore[arg-type]

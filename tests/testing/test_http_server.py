@@ -651,3 +651,22 @@ def test_closing_leaves_no_thread_and_no_port_even_with_requests_in_it(start_gen
     with socket.socket() as other:
         other.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         other.bind(("127.0.0.1", int(server.address.rpartition(":")[2])))
+
+
+@pytest.mark.parametrize(
+    ("script", "complaint"),
+    [
+        (lambda prompt: "#### 24", "a script gives token ids, not '#'"),
+        (lambda prompt: [1, 2, None], "a script gives token ids, not None"),
+        (lambda prompt: {}["missing"], "The script raised KeyError: 'missing'"),
+    ],
+)
+def test_a_mistake_in_the_script_is_told_to_who_asks(
+    script: Callable[[list[int]], Any], complaint: str, capfd: pytest.CaptureFixture[str]
+):
+    with ScriptedServer(script) as server:
+        body = {"token_ids": [1] * 8, "sampling_params": {"max_tokens": 4}}
+        status, answer = ask(server.address, "/inference/v1/generate", body)
+    assert status == 500
+    assert complaint in answer["error"]["message"]
+    assert "Traceback" in capfd.readouterr().err
