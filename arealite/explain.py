@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -245,17 +246,18 @@ def _micro_batch_memory_rows(cfg: object, shape: _ModelShape, need: _TrainerByte
 
 def _shared_gpu_rows(cfg: object, ranks: int) -> list[_Row]:
     """What is left of a GPU that trainer and server share; nothing where they do not."""
-    model, server = getattr(cfg, "model", None), getattr(cfg, "server", None)
-    total = _gpu_bytes()
-    if total is None or not isinstance(model, str) or server is None or server.addresses:
+    model, total = getattr(cfg, "model", None), _gpu_bytes()
+    server: Any = getattr(cfg, "server", None)
+    knobs = ("addresses", "gpus", "memory_share", "sleep")
+    if total is None or not isinstance(model, str) or not all(hasattr(server, k) for k in knobs):
         return []
     plan, shape = plan_gpus(server.gpus, server.memory_share), _model_shape(model)
-    if not plan.is_shared or isinstance(shape, str):
+    if server.addresses or not plan.is_shared or isinstance(shape, str):
         return []
     need, served = _trainer_bytes(cfg, shape, ranks), int(plan.memory_share * total)
     beside = 0 if server.sleep else served
     return [
-        _Row(label="memory of the GPU", value=_bytes(total), note=""),
+        _Row(label="memory of the GPU", value=_bytes(total), note="as CUDA reports it"),
         _Row(
             label="server",
             value=_bytes(served),

@@ -71,15 +71,11 @@ def waiting(
         del _waits[key]
 
 
-@contextmanager
-def noting_cut_waits() -> Iterator[Callable[[], str]]:
-    """For a body that may be cancelled: a function that tells what it was waiting for then."""
+def note_cut_waits() -> Callable[[], str]:
+    """What this task, and those it starts, will have been waiting for when they are cancelled."""
     cut: list[_Wait] = []
-    token = _cut_short.set(cut)
-    try:
-        yield lambda: "; ".join(_in_words(cut))
-    finally:
-        _cut_short.reset(token)
+    _cut_short.set(cut)
+    return lambda: "; ".join(_in_words(cut))
 
 
 def _in_words(waits: list[_Wait]) -> Iterator[str]:

@@ -8,7 +8,7 @@ import pytest
 
 from arealite import background, waits
 from arealite.errors import DeadlineError
-from arealite.waits import noting_cut_waits, report, waiting
+from arealite.waits import note_cut_waits, report, waiting
 
 
 @pytest.fixture(autouse=True)
@@ -93,7 +93,8 @@ def test_what_a_cancelled_task_was_waiting_for_is_told():
             await asyncio.sleep(10)
 
     async def both() -> str:
-        with noting_cut_waits() as cut, suppress(TimeoutError):
+        cut = note_cut_waits()
+        with suppress(TimeoutError):
             async with asyncio.timeout(0.1):
                 await asyncio.gather(one(), one())
         return cut()
@@ -103,11 +104,11 @@ def test_what_a_cancelled_task_was_waiting_for_is_told():
 
 def test_a_wait_that_ends_by_itself_is_not_told_of():
     async def one() -> str:
-        with noting_cut_waits() as cut:
-            with waiting("a moment"):
-                await asyncio.sleep(0)
-            with suppress(KeyError), waiting("a value"):
-                raise KeyError
+        cut = note_cut_waits()
+        with waiting("a moment"):
+            await asyncio.sleep(0)
+        with suppress(KeyError), waiting("a value"):
+            raise KeyError
         return cut()
 
     assert asyncio.run(one()) == ""

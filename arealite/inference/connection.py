@@ -98,14 +98,16 @@ class Connection:
     def give_up(self, reason: str) -> None:
         """End every request that runs, with a ServerLostError; later ones are tried as usual."""
         self._lost_reason = reason
-        for deadline in list(self._deadlines):
-            deadline.reschedule(asyncio.get_running_loop().time())
+        for deadline in self._deadlines:
+            if not deadline.expired():  # in this turn of the loop, maybe
+                deadline.reschedule(asyncio.get_running_loop().time())
         self._deadlines.clear()
 
     def put_off(self, seconds: float) -> None:
         """Give requests that run so much longer: the server stood still, and they with it."""
         for deadline, may_be_put_off in self._deadlines.items():
-            if may_be_put_off and (when := deadline.when()) is not None:
+            when = deadline.when()
+            if may_be_put_off and when is not None and not deadline.expired():
                 deadline.reschedule(when + seconds)
 
     async def close(self) -> None:

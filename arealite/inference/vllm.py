@@ -28,7 +28,13 @@ import tenacity
 import torch
 
 from arealite import background, dist
-from arealite.errors import ConfigError, NoServerError, PromptTooLongError, ServerError
+from arealite.errors import (
+    ArealiteError,
+    ConfigError,
+    NoServerError,
+    PromptTooLongError,
+    ServerError,
+)
 from arealite.inference.connection import (
     CLIENT_ID,
     Connection,
@@ -375,7 +381,7 @@ class VLLMEngine:
         self._stopped_s = time.monotonic()
         try:
             self._pusher.sleep()
-        except ServerError as error:
+        except ArealiteError as error:
             return str(error)
         self._is_asleep = True
         return ""
@@ -386,6 +392,8 @@ class VLLMEngine:
         if stopped_s is None:
             return
         seconds = time.monotonic() - stopped_s
+        if seconds < 1:
+            return
 
         def put_off() -> None:
             for connection in self._connections.values():

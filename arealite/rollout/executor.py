@@ -44,7 +44,7 @@ from arealite.errors import (
 )
 from arealite.rollout.admission import Admission, Order, Ticket, merge_cursors
 from arealite.types import Cursor, LostRow, Row, Trajectory
-from arealite.waits import noting_cut_waits, report, waiting
+from arealite.waits import note_cut_waits, report, waiting
 
 POLL_S = 0.01
 """How often the rollout thread looks for a new weight version."""
@@ -355,10 +355,10 @@ async def run_episode(
     Raises:
         DeadlineError: it took longer than `timeout_s`; the message shows where it was.
     """
+    cut_waits = note_cut_waits()
     try:
-        with noting_cut_waits() as cut_waits:
-            async with asyncio.timeout(timeout_s) as limit:
-                group = await _started(workflow, engine, row)
+        async with asyncio.timeout(timeout_s) as limit:
+            group = await _started(workflow, engine, row)
     except GeneratorExit:
         raise
     except asyncio.CancelledError as error:

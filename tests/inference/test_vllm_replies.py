@@ -1,11 +1,13 @@
 """What the client makes of replies that are late, broken or wrong: never a guess, never a hang."""
 
+import asyncio
 import copy
 import json
 import math
 import time
 from array import array
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import msgspec
@@ -17,6 +19,7 @@ from hypothesis import strategies as st
 from arealite import background
 from arealite.errors import ArealiteError, ServerError, TrajectoryError
 from arealite.inference import connection
+from arealite.inference.connection import Connection
 from arealite.inference.reply import parse_reply
 from arealite.inference.reply_formats import compact
 from arealite.inference.server import ServerConfig
@@ -187,6 +190,30 @@ def test_a_reply_that_does_not_come_is_given_up_and_asked_for_again(
         assert ask(engine) == truth
         assert 0.3 <= time.monotonic() - began < 5
     assert faults_met(proxy)[-2:] == [fault, None]
+
+
+@pytest.mark.parametrize("change", [lambda c: c.give_up("it is lost"), lambda c: c.put_off(9)])
+def test_a_server_may_be_given_up_in_the_moment_in_which_a_request_runs_out_of_time(
+    change: Callable[[Connection], None],
+):
+    async def both_at_once() -> BaseException | None:
+        loop, deadline, outcome = asyncio.get_running_loop(), asyncio.timeout(0), []
+        given_up = Connection("http://127.0.0.1:9")
+
+        def change_now() -> None:
+            try:
+                outcome.append(change(given_up))
+            except RuntimeError as error:
+                outcome.append(error)
+
+        with suppress(TimeoutError):
+            async with deadline:
+                given_up._deadlines[deadline] = True
+                loop.call_soon(change_now)
+                await asyncio.sleep(1)
+        return outcome[0]
+
+    assert asyncio.run(both_at_once()) is None
 
 
 def test_a_reply_much_slower_than_those_before_it_is_asked_for_again(proxy: FaultProxy):
