@@ -178,7 +178,7 @@ def _memory_rows(cfg: object, ranks: int) -> list[_Row]:
         _Row(label="AdamW states", value=_bytes(need.states), note="2 x float32, of all ranks"),
         _Row(
             label="sum per rank",
-            value=_bytes(need.kept_per_rank + need.gradients // ranks),
+            value=_bytes((need.weights + need.gradients + need.states) // ranks),
             note=f"FSDP over {_count(ranks, 'rank')}; one gathered block comes on top",
         ),
     ]
@@ -192,6 +192,7 @@ class _TrainerBytes:
     weights: int
     gradients: int
     states: int
+    is_offloaded: bool  # the states, but for the optimizer step
     ranks: int
     activations: int
     logits: int
@@ -199,13 +200,14 @@ class _TrainerBytes:
     @property
     def kept_per_rank(self) -> int:
         """Also while nobody trains."""
-        return (self.weights + self.states) // self.ranks
+        return (self.weights + (0 if self.is_offloaded else self.states)) // self.ranks
 
     @property
     def most_per_rank(self) -> int:
-        """In the middle of a step."""
-        step = self.gradients // self.ranks + self.activations + self.logits
-        return self.kept_per_rank + step
+        """In the middle of a step, or with states from elsewhere maybe at its end."""
+        step = self.gradients // self.ranks
+        brought = self.states // self.ranks if self.is_offloaded else 0
+        return self.kept_per_rank + step + max(brought, self.activations + self.logits)
 
 
 def _trainer_bytes(cfg: object, shape: _ModelShape, ranks: int) -> _TrainerBytes:
@@ -223,6 +225,7 @@ def _trainer_bytes(cfg: object, shape: _ModelShape, ranks: int) -> _TrainerBytes
         weights=weights,
         gradients=4 * num_trained,
         states=8 * num_trained,
+        is_offloaded=getattr(getattr(cfg, "train", None), "optimizer_offload", False) is True,
         ranks=ranks,
         activations=kept * num_tokens * shape.hidden_size * (2 if is_half else 4),
         logits=4 * num_tokens * min(shape.vocabulary_size, _COLUMNS),
@@ -274,7 +277,7 @@ def _left(label: str, number: int) -> _Row:
         return _Row(label=label, value=_bytes(number), note="before what CUDA itself takes")
     note = (
         f"TOO LITTLE, by {_bytes(-number)}: lower train.micro_batch_tokens or server.memory_share, "
-        "set train.activation_checkpointing, server.sleep or train.lora_rank"
+        "set train.activation_checkpointing, server.sleep, train.optimizer_offload or lora_rank"
     )
     return _Row(label=label, value="none", note=note)
 

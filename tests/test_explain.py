@@ -212,6 +212,16 @@ def test_a_server_that_sleeps_leaves_its_memory_to_the_trainer():
     assert rows["left while the trainer works"].startswith("712.0 MiB |")
 
 
+def test_states_that_are_kept_elsewhere_come_for_the_optimizer_step_alone():
+    sizes = {"weights": 100, "gradients": 10, "states": 60, "activations": 30, "logits": 5}
+    here, elsewhere = (
+        explanation._TrainerBytes(**sizes, ranks=2, is_offloaded=is_offloaded)
+        for is_offloaded in (False, True)
+    )
+    assert (here.kept_per_rank, here.most_per_rank) == (80, 80 + 5 + 35)
+    assert (elsewhere.kept_per_rank, elsewhere.most_per_rank) == (50, 50 + 5 + max(30, 35))
+
+
 @pytest.mark.usefixtures("one_gpu")
 @pytest.mark.parametrize("server", [Server(addresses=("http://a:1",)), Server(gpus="1")])
 def test_a_gpu_that_nobody_shares_has_no_plan(server: Server):

@@ -33,7 +33,7 @@ from arealite.errors import ConfigError, OutOfMemoryError
 from arealite.training import export, lora
 from arealite.training.canary import check_model
 from arealite.training.model import PolicyModel, blocks, load_model, on_device
-from arealite.training.optimizer import lr_at, make_optimizer
+from arealite.training.optimizer import lr_at, make_optimizer, move_states
 from arealite.types import Head, LossFn, MicroBatch, StepStats
 
 
@@ -80,6 +80,9 @@ class FSDPConfig:
     """Threads of one rank without CUDA; 0 is OMP_NUM_THREADS, or else half of the cores."""
     cpu_offload: bool = False
     """Keep weights, gradients and optimizer in CPU memory between uses; no effect without CUDA."""
+    optimizer_offload: bool = False
+    """Keep AdamW's states in CPU memory but for the moment of an optimizer step, which takes longer
+    by their way there and back; no effect without CUDA, or beside cpu_offload."""
 
     def __post_init__(self) -> None:
         check_at_least(self, "train")
@@ -129,6 +132,7 @@ class FSDPEngine:
         self._policy = PolicyModel(hf_model)
         self._root = _shard(self._policy, cfg, self._device)
         self._optimizer = make_optimizer(self._policy, cfg)
+        self._offload_states()
         self._num_calls = 0
         self._num_skipped = 0
         check_model(self._policy, self._device)
@@ -188,8 +192,8 @@ class FSDPEngine:
                 f"The trainer's GPU is out of memory{_who_has_it(self._device)}. What helps, the "
                 f"cheapest first: lower train.micro_batch_tokens={self.cfg.micro_batch_tokens}; "
                 "train.activation_checkpointing=true; where a server shares this GPU, "
-                "server.sleep=true or a lower server.memory_share; train.lora_rank=32; "
-                "train.cpu_offload=true; more ranks."
+                "server.sleep=true or a lower server.memory_share; train.optimizer_offload=true; "
+                "train.lora_rank=32; train.cpu_offload=true; more ranks."
             ) from error
 
     def _backward(self, mb: MicroBatch, loss_fn: LossFn, head: Head) -> dict[str, float]:
@@ -224,8 +228,11 @@ class FSDPEngine:
                     gradient.mul_(self.cfg.max_grad_norm / norm)
             for group in self._optimizer.param_groups:
                 group["lr"] = lr
+            if self._has_states_elsewhere:
+                move_states(self._optimizer, self._device)
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
+        self._offload_states()
         self._num_calls += 1
         self._num_skipped += not is_finite
         num_tokens = int(sums.get("num_tokens", 0))
@@ -262,6 +269,7 @@ class FSDPEngine:
         damaged or of another model; the weights are then undefined until another load succeeds.
         """
         counters = export.load_state(path, self._policy, self._optimizer, self._counters())
+        self._offload_states()
         self._num_calls, self._num_skipped = counters["num_calls"], counters["num_skipped"]
 
     def _counters(self) -> dict[str, int]:
@@ -281,6 +289,15 @@ class FSDPEngine:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    @property
+    def _has_states_elsewhere(self) -> bool:
+        is_needed = self.cfg.optimizer_offload and not self.cfg.cpu_offload
+        return is_needed and self._device.type == "cuda"
+
+    def _offload_states(self) -> None:
+        if self._has_states_elsewhere:
+            move_states(self._optimizer, torch.device("cpu"))
 
     def _reshard(self) -> None:
         # After a forward without a backward some weights stay whole: memory that others need.

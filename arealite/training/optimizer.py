@@ -49,3 +49,10 @@ def make_optimizer(module: torch.nn.Module, cfg: "FSDPConfig") -> torch.optim.Ad
             "exp_avg_sq": torch.zeros_like(parameter),
         }
     return optimizer
+
+
+def move_states(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
+    """Bring what the optimizer keeps of each parameter to a device, shard by shard."""
+    for state in optimizer.state.values():
+        for name, value in state.items():
+            state[name] = value.to(device)

@@ -49,7 +49,7 @@ WRONG_SETTINGS = {
     "train.lr=nan": "not a finite number",
     "sampling.top_p=0": "must be above 0",
     "rollout.order=fastest": "fifo",
-    "server.addresses=[localhost:8000]": "must begin with http://",
+    "server.addresses=[localhost:8000]": "Write http://host:port",
 }
 
 

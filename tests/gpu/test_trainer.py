@@ -100,7 +100,13 @@ def test_offload_leaves_no_weights_on_the_gpu_and_the_same_gradient(model_path: 
 
 @pytest.mark.parametrize(
     "options",
-    [{"activation_checkpointing": True}, {"lora_rank": 4}, {"lora_rank": 4, "dtype": "auto"}],
+    [
+        {"activation_checkpointing": True},
+        {"lora_rank": 4},
+        {"lora_rank": 4, "dtype": "auto"},
+        {"optimizer_offload": True},
+        {"cpu_offload": True},
+    ],
 )
 def test_a_run_continued_from_a_checkpoint_takes_the_same_next_step(
     model_path: str, tmp_path: Path, options: dict
@@ -117,6 +123,23 @@ def test_a_run_continued_from_a_checkpoint_takes_the_same_next_step(
         torch.testing.assert_close(
             torch.cat(again.logprobs(minibatch_of())), expected, rtol=1e-3, atol=1e-3
         )
+
+
+def test_states_of_the_optimizer_are_on_the_gpu_only_in_its_step(model_path: str):
+    def outcome(cfg: FSDPConfig) -> tuple[set[str], list[torch.Tensor], int]:
+        before = torch.cuda.memory_allocated()
+        with FSDPEngine(model_path, cfg) as engine:
+            for _ in range(3):
+                train_step(engine, minibatch_of())
+            taken = torch.cuda.memory_allocated() - before
+            states = [value for s in engine._optimizer.state.values() for value in s.values()]
+            return {v.device.type for v in states}, engine.logprobs(minibatch_of()), taken
+
+    devices, expected, taken = outcome(FLOAT32)
+    devices_elsewhere, found, taken_elsewhere = outcome(replace(FLOAT32, optimizer_offload=True))
+    assert (devices, devices_elsewhere) == ({"cuda"}, {"cpu"})
+    torch.testing.assert_close(torch.cat(found), torch.cat(expected))
+    assert taken_elsewhere < 0.6 * taken  # weights alone, where they were a third
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from arealite.training.fsdp import FSDPConfig
-from arealite.training.optimizer import lr_at, make_optimizer
+from arealite.training.optimizer import lr_at, make_optimizer, move_states
 
 
 def rates(num_steps: int, cfg: FSDPConfig) -> list[float]:
@@ -56,3 +56,12 @@ def test_two_steps_follow_the_published_formula_of_adamw():
         square = 0.99 * square + 0.01 * gradient**2
         value -= 0.1 * (mean / (1 - 0.9**step)) / ((square / (1 - 0.99**step)) ** 0.5 + 1e-8)
         assert weight.item() == pytest.approx(value, rel=1e-5)
+
+
+def test_every_state_of_every_parameter_is_moved():
+    layer = torch.nn.Linear(3, 2)
+    optimizer = make_optimizer(layer, FSDPConfig())
+    move_states(optimizer, torch.device("meta"))
+    states = [value for state in optimizer.state.values() for value in state.values()]
+    assert len(states) == 2 * 3
+    assert {value.device.type for value in states} == {"meta"}
