@@ -9,7 +9,7 @@ missing is left out.
 import textwrap
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -258,6 +258,8 @@ def _shared_gpu_rows(cfg: object, ranks: int) -> list[_Row]:
     if server.addresses or not plan.is_shared or isinstance(shape, str):
         return []
     need, served = _trainer_bytes(cfg, shape, ranks), int(plan.memory_share * total)
+    if getattr(getattr(cfg, "train", None), "cpu_offload", False) is True:
+        need = replace(need, weights=0, gradients=0, states=0)
     beside = 0 if server.sleep else served
     return [
         _Row(label="memory of the GPU", value=_bytes(total), note="as CUDA reports it"),

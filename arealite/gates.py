@@ -9,6 +9,7 @@ On failure `diagnosis` tries every known mistake and names the one that fits.
 """
 
 import asyncio
+import contextlib
 import itertools
 import json
 import math
@@ -33,7 +34,7 @@ from arealite.diagnosis import (
     Sample,
     diagnose,
 )
-from arealite.errors import GateError
+from arealite.errors import ArealiteError, GateError
 from arealite.rollout.executor import RolloutConfig, run_episodes
 from arealite.training.checkpoint_tensors import CheckpointTensors
 from arealite.training.packing import attach, pack, select
@@ -183,7 +184,8 @@ class LogprobGate:
         self, minibatches: list[list[MicroBatch]], version: int, metrics: dict[str, float]
     ) -> None:
         if dist.rank() == 0:
-            self._inference_engine.resume()  # it may sleep while we train, and is to be asked
+            with contextlib.suppress(ArealiteError):  # the run stops for the gap, not for this
+                self._inference_engine.resume()  # it may sleep while we train, and is to be asked
         samples = self._samples(minibatches, version)
         found = dist.broadcast(self._on_rank_0(lambda weights: self._diagnosed(samples, weights)))
         cause = str(found)

@@ -39,7 +39,9 @@ class _Wait:
 
 
 _waits: dict[int, _Wait] = {}
-_cut_short: contextvars.ContextVar[list[_Wait] | None] = contextvars.ContextVar("cut", default=None)
+_CutShort = list[tuple[str, float]]
+"""What was waited for, and for how many seconds."""
+_cut_short: contextvars.ContextVar[_CutShort | None] = contextvars.ContextVar("cut", default=None)
 _loops: list[asyncio.AbstractEventLoop] = []
 _next_key = itertools.count()
 _watchdog: threading.Thread | None = None
@@ -65,7 +67,7 @@ def waiting(
         yield
     except asyncio.CancelledError:
         if (cut := _cut_short.get()) is not None:
-            cut.append(wait)
+            cut.append((_in_words(wait), time.monotonic() - since_s))
         raise
     finally:
         del _waits[key]
@@ -73,18 +75,16 @@ def waiting(
 
 def note_cut_waits() -> Callable[[], str]:
     """What this task, and those it starts, will have been waiting for when they are cancelled."""
-    cut: list[_Wait] = []
+    cut: _CutShort = []
     _cut_short.set(cut)
-    return lambda: "; ".join(_in_words(cut))
+    return lambda: "; ".join(_grouped(cut))
 
 
-def _in_words(waits: list[_Wait]) -> Iterator[str]:
+def _grouped(cut: _CutShort) -> Iterator[str]:
     """The waits, those with the same words as one, with the longest of them."""
-    now_s = time.monotonic()
     groups: dict[str, list[float]] = {}
-    for wait in waits:
-        what = wait.what if isinstance(wait.what, str) else _asked(wait.what)
-        groups.setdefault(what, []).append(now_s - wait.since_s)
+    for what, age_s in cut:
+        groups.setdefault(what, []).append(age_s)
     for what, ages_s in groups.items():
         count = f"{len(ages_s)} times, " if ages_s[1:] else ""
         yield f"{what} ({count}for {max(ages_s):.0f} s)"
@@ -100,8 +100,7 @@ def report() -> str:
     now_s = time.monotonic()
     groups: dict[tuple[str, str], list[float]] = {}
     for wait in sorted(list(_waits.values()), key=lambda wait: wait.since_s):
-        what = wait.what if isinstance(wait.what, str) else _asked(wait.what)
-        groups.setdefault((wait.thread, what), []).append(now_s - wait.since_s)
+        groups.setdefault((wait.thread, _in_words(wait)), []).append(now_s - wait.since_s)
     lines = [
         f"  {ages[0]:7.1f} s  {thread}: {what}" + (f" ({len(ages)} times)" if ages[1:] else "")
         for (thread, what), ages in itertools.islice(groups.items(), MAX_LINES)
@@ -111,9 +110,11 @@ def report() -> str:
     return "\n".join(["Who waits for what, since when:", *lines, "", *_stacks(), *_task_stacks()])
 
 
-def _asked(what: Callable[[], str]) -> str:
+def _in_words(wait: _Wait) -> str:
+    if isinstance(wait.what, str):
+        return wait.what
     try:
-        return what()
+        return wait.what()
     except Exception as error:  # it may look at what another thread is changing
         return f"something that cannot be described now ({type(error).__name__})"
 

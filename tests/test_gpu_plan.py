@@ -3,7 +3,9 @@
 import pytest
 import torch
 
+from arealite.errors import ConfigError
 from arealite.gpu_plan import GpuPlan, plan_gpus
+from arealite.inference.server import ServerConfig, serve
 
 
 @pytest.mark.parametrize(
@@ -28,3 +30,10 @@ def test_servers_take_the_gpus_that_no_rank_trains_on(
 def test_a_share_that_is_given_is_taken(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert plan_gpus("", 0.7).memory_share == 0.7
+
+
+def test_servers_with_gpus_of_their_own_are_not_put_to_sleep(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ConfigError, match=r"server.sleep=true is for .* have GPU 1 for themselves"):
+        serve("arealite/tiny-math", ServerConfig(sleep=True))

@@ -65,7 +65,9 @@ class Connection:
         self._token = token
         self._max_reply_bytes = max_reply_bytes
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
-        self._deadlines: dict[asyncio.Timeout, bool] = {}  # whether it may be put off
+        self._deadlines = set[asyncio.Timeout]()
+        self._left_s: dict[asyncio.Timeout, float] = {}  # of deadlines whose clock stands still
+        self._has_stopped = False
         self._lost_reason = ""
         self._is_closed = False
 
@@ -102,13 +104,27 @@ class Connection:
             if not deadline.expired():  # in this turn of the loop, maybe
                 deadline.reschedule(asyncio.get_running_loop().time())
         self._deadlines.clear()
+        self._left_s.clear()
 
-    def put_off(self, seconds: float) -> None:
-        """Give requests that run so much longer: the server stood still, and they with it."""
-        for deadline, may_be_put_off in self._deadlines.items():
-            when = deadline.when()
-            if may_be_put_off and when is not None and not deadline.expired():
-                deadline.reschedule(when + seconds)
+    def stop_clocks(self) -> None:
+        """The server stands still: no time passes for requests until `start_clocks`."""
+        self._has_stopped = True
+        for deadline in self._deadlines:
+            self._stop(deadline)
+
+    def start_clocks(self) -> None:
+        """Requests have as much time as they had left."""
+        self._has_stopped = False
+        now_s = asyncio.get_running_loop().time()
+        for deadline, left_s in self._left_s.items():
+            deadline.reschedule(now_s + left_s)
+        self._left_s.clear()
+
+    def _stop(self, deadline: asyncio.Timeout) -> None:
+        when_s = deadline.when()
+        if when_s is not None and not deadline.expired():
+            self._left_s[deadline] = when_s - asyncio.get_running_loop().time()
+            deadline.reschedule(None)
 
     async def close(self) -> None:
         """End every request that runs, and refuse later ones."""
@@ -132,7 +148,9 @@ class Connection:
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
-                self._deadlines[deadline] = bool(echo)
+                self._deadlines.add(deadline)
+                if self._has_stopped and echo:
+                    self._stop(deadline)
                 session = self._session(is_kept=may_reuse)
                 return await self._exchange(session, method, path, body, echo, deadline)
         except TimeoutError as error:
@@ -154,7 +172,8 @@ class Connection:
                 "with `arealite serve --model MODEL`, or leave server.addresses empty to start it."
             ) from error
         finally:
-            self._deadlines.pop(deadline, None)
+            self._deadlines.discard(deadline)
+            self._left_s.pop(deadline, None)
 
     async def _exchange(
         self,

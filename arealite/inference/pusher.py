@@ -65,6 +65,7 @@ class Pusher:
         self._pause_timeout_s = drain_timeout_s if self._is_drained else CONTROL_TIMEOUT_S
         self._transport: Transport | None = None
         self._introduced = set[Server]()  # servers that know the transport
+        self._may_sleep = may_sleep
         self._asleep = set(fleet.servers if may_sleep else ())  # as far as we know
         self._kept_version = -1  # of what the transport keeps; -1 while that is nothing whole
         self._turn = asyncio.Lock()
@@ -73,7 +74,6 @@ class Pusher:
 
     def pause(self) -> None:
         """Stop the servers, as `interrupt` says; one that does not take part is left out."""
-        self._wake(self._fleet.serving())  # a trainer that died may have left them asleep
         self._run(self._pause(), self._pause_timeout_s + CONTROL_TIMEOUT_S, "pausing the servers")
 
     def keep(self, weights: NamedWeights, transport: Transport) -> None:
@@ -158,11 +158,15 @@ class Pusher:
     def forget(self, server: Server) -> None:
         """The server is gone: what comes back in its place knows nothing."""
         self._introduced.discard(server)
-        self._asleep.discard(server)
+        if self._may_sleep:  # or has only been out of reach; to wake one that is awake is no harm
+            self._asleep.add(server)
 
     async def _pause(self) -> None:
         await self._turn.acquire()
         try:
+            # By a trainer that died.
+            asleep = [server for server in self._fleet.serving() if server in self._asleep]
+            self._asleep -= set(await self._each(asleep, "/wake_up", {}, CONTROL_TIMEOUT_S))
             servers = self._fleet.begin_update(is_drained=self._is_drained)
             await self._each(servers, self._pause_path, {}, self._pause_timeout_s)
         except BaseException:

@@ -77,7 +77,8 @@ class ServerConfig:
     which is faster and an approximation."""
     sleep: bool = False
     """Servers on the trainer's GPU give it their memory from next_batch to push_weights; running
-    requests freeze, and go on with the new weights. For one GPU that does not hold both at once."""
+    requests freeze, and go on with the new weights. For one GPU that does not hold both at once.
+    The time of a step counts for rollout.episode_timeout_s: raise it where steps take minutes."""
     weights_dir: str = ""
     """Folder that trainer and servers both see, for servers on other hosts, set on both sides; a
     server reads weights from no other. Empty: servers of this host take weights through memory."""
@@ -379,6 +380,11 @@ def _on_gpus(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
         raise ConfigError(
             f"server.tensor_parallel={size} needs as many GPUs, but there are {len(gpus)}: "
             f"{','.join(gpus)}. Lower it, or name more in server.gpus."
+        )
+    if cfg.sleep and not plan.is_shared:
+        raise ConfigError(
+            f"server.sleep=true is for servers on a GPU that the trainer works on too, but these "
+            f"have GPU {','.join(gpus)} for themselves. Leave it out: they generate all the time."
         )
     if plan.is_shared:
         print(

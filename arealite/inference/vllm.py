@@ -15,7 +15,7 @@ import math
 import random
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
@@ -29,7 +29,6 @@ import torch
 
 from arealite import background, dist
 from arealite.errors import (
-    ArealiteError,
     ConfigError,
     NoServerError,
     PromptTooLongError,
@@ -123,8 +122,8 @@ class VLLMEngine:
         )
         self._watching: concurrent.futures.Future[None] | None = None
         self._transport: Transport | None = None
-        self._stopped_s: float | None = None  # when the servers were stopped
-        self._is_asleep = False
+        self._asleep_since_s: float | None = None
+        self._slept_s = 0.0
         self._look_again = asyncio.Event()
         self._starting = Spread(per_turn=STARTS_PER_TURN)
         self._reading = Spread(slice_s=READING_S)
@@ -164,7 +163,7 @@ class VLLMEngine:
         if version != self._fleet.version:  # another rank has pushed
             gc.collect()
         if dist.rank() > 0:
-            self._put_off_deadlines()
+            self._wake_up()
         self._fleet.version = version
 
     @property
@@ -208,24 +207,25 @@ class VLLMEngine:
         return response
 
     def pause(self) -> None:
-        """Stop the servers for an update, in the way of `server.interrupt`.
+        """Stop the servers for an update, in the way of `server.interrupt`; once is enough.
 
         keep: running requests freeze in place, new ones queue. drain: running requests end first.
         """
-        self._stopped_s = time.monotonic()
-        self._pusher.pause()
+        if not self._fleet.is_updating:
+            self._pusher.pause()
 
     def sleep(self) -> None:
         """With `server.sleep`, servers stop and give the trainer their GPU memory. A collective.
 
-        Until the next weights, or `resume`. Without it, nothing.
+        Until the next weights, or `resume`; requests have as much time left afterwards as before.
         """
         if not self._cfg.sleep:
             return
-        failure = self._try_to_sleep() if dist.rank() == 0 else ""
-        if failure := dist.broadcast(failure):
+        failure = dist.broadcast(self._try_to_sleep() if dist.rank() == 0 else "")
+        if failure:
             raise ServerError(f"The servers could not be put to sleep: {failure}")
-        self._stopped_s = self._stopped_s or time.monotonic()
+        self._asleep_since_s = time.monotonic()
+        self._tell_connections(Connection.stop_clocks)
 
     def resume(self) -> None:
         """Let the requests go on.
@@ -235,27 +235,28 @@ class VLLMEngine:
         """
         if not self._fleet.is_updating:
             return
-        self._is_asleep = False
-        self._pusher.resume()
-        self._put_off_deadlines()
-        background.loop().call_soon_threadsafe(self._let_requests_look_again)
+        self._make_room()
+        try:
+            self._pusher.resume()
+        finally:
+            self._wake_up()
+            background.loop().call_soon_threadsafe(self._let_requests_look_again)
 
     def receive_weights(self, weights: Iterable[tuple[str, torch.Tensor]], *, version: int) -> None:
         """Send full tensors, under their Hugging Face names, to every server that serves.
 
         Only the process that talks to the servers calls this; `push_weights` sees to it. It keeps
         a copy, so that a server that is restarted gets the weights before it serves again. Unless
-        `pause` was called, servers stop only once that copy is made.
+        `pause` was called, servers stop only once that copy is made, and go on afterwards.
         """
         if self._transport is None:
             self._transport = self._make_transport()
-        self._pusher.keep(weights, self._transport)
-        gc.collect()
-        is_paused = self._fleet.is_updating
-        is_resumed = self._is_asleep or not is_paused
-        if not is_paused:
-            self.pause()
+        is_resumed = self._asleep_since_s is not None or not self._fleet.is_updating
         try:
+            self._pusher.keep(weights, self._transport)
+            gc.collect()
+            self._make_room()
+            self.pause()
             self._pusher.push(version)
         finally:
             if is_resumed:
@@ -339,7 +340,7 @@ class VLLMEngine:
             body["cache_salt"] = f"version {self.version}"
         # A process that does not push may not have heard yet that the server has missed an update.
         oldest_version = self.version if self.version >= 0 else server.version
-        began_s = time.monotonic()
+        began_s = time.monotonic() - self._slept_s
         server.running += 1
         try:
             with waiting(f"a reply of {server.address}", alarm_after_s=math.inf):
@@ -371,35 +372,39 @@ class VLLMEngine:
             raise
         finally:
             server.running -= 1
-        self._learn_duration(time.monotonic() - began_s)
+        self._learn_duration(time.monotonic() - self._slept_s - began_s)
         return response
 
     def _try_to_sleep(self) -> str:
         """Why the servers do not sleep; empty if they do."""
         if self._fleet.is_updating:  # they stand still already
             return ""
-        self._stopped_s = time.monotonic()
         try:
             self._pusher.sleep()
-        except ArealiteError as error:
-            return str(error)
-        self._is_asleep = True
+        except Exception as error:  # the other ranks wait to hear of it
+            with suppress(Exception):
+                self._pusher.resume()
+            return f"{type(error).__name__}: {error}"
         return ""
 
-    def _put_off_deadlines(self) -> None:
-        """The time in which the servers stood still is not that of the requests."""
-        stopped_s, self._stopped_s = self._stopped_s, None
-        if stopped_s is None:
-            return
-        seconds = time.monotonic() - stopped_s
-        if seconds < 1:
-            return
+    def _wake_up(self) -> None:
+        """The clocks of requests go on."""
+        if self._asleep_since_s is not None:
+            self._slept_s += time.monotonic() - self._asleep_since_s
+            self._asleep_since_s = None
+            self._tell_connections(Connection.start_clocks)
 
-        def put_off() -> None:
+    def _make_room(self) -> None:
+        """Give back what torch only keeps in case it needs it: servers that wake take it."""
+        if self._cfg.sleep and torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def _tell_connections(self, what: Callable[[Connection], None]) -> None:
+        def tell() -> None:
             for connection in self._connections.values():
-                connection.put_off(seconds)
+                what(connection)
 
-        background.loop().call_soon_threadsafe(put_off)
+        background.loop().call_soon_threadsafe(tell)
 
     def _has_asked_enough(self, state: tenacity.RetryCallState) -> bool:
         error = state.outcome.exception() if state.outcome else None
@@ -427,12 +432,11 @@ class VLLMEngine:
         if server is not None and not has_ended:
             return server
         began_s = time.monotonic()
-        with waiting(self._what_is_awaited()):
+        with waiting(self._what_is_awaited):
             while (
                 server := self._fleet.choose(conversation, avoid, self._resting())
             ) is None or has_ended:
-                if not self._resting():
-                    self._check_hope(time.monotonic() - began_s)
+                self._check_hope(0.0 if self._resting() else time.monotonic() - began_s)
                 # Not asyncio.wait_for, which before Python 3.12 may swallow a cancellation.
                 with suppress(TimeoutError):
                     async with asyncio.timeout(self._until_rested_s()):

@@ -23,6 +23,7 @@ from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
     initialize_layerwise_reload,
 )
+from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from arealite.inference.transport import REGION_NAME, WEIGHTS_DIR, tensor_at
 
@@ -45,7 +46,7 @@ class UpdateInfo(WeightTransferUpdateInfo):
     """Each: name, dtype, shape, and offset in the region in bytes."""
     file: str | None = None
     is_abandoned: bool = False
-    """The update never came to its end: forget what has arrived of it."""
+    """The update never came to its end: layers that are not complete get back what they had."""
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -68,12 +69,14 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def start_weight_update(self) -> None:
         """Prepare the layers, also behind an update that never finished."""
+        self._put_back()
         initialize_layerwise_reload(self.model)
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         """Load one bucket."""
         if update_info.is_abandoned:
             # The one way to close an update that no longer has a sender: vLLM takes it as failed.
+            self._put_back()
             raise ValueError("this weight update was abandoned; a new one may start")
         model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
         if update_info.file is not None:
@@ -90,11 +93,25 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         """Give the region back; it goes as soon as nobody has a tensor in it any more."""
         self._region = self._mapped = self._folder = None
 
+    def _put_back(self) -> None:
+        """End an update that never finished; layers that are not complete get back what they had.
+
+        vLLM would go on with them in the next update, and take a part that comes twice for the one
+        that is missing.
+        """
+        infos = map(get_layerwise_info, self.model.modules())
+        unfinished = [info for info in infos if info.can_load()]
+        for info in unfinished:
+            info.load_numel = 0
+            info.loaded_weights.clear()
+        if unfinished:
+            finalize_layerwise_reload(self.model, self.model_config)
+
     def _tensors(self, places: list[dict[str, Any]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Tensors of the region, where they lie: vLLM copies them into its own.
 
         It keeps references until a layer is complete, and the sender changes nothing until the
-        update is.
+        update has come to its end, or was given up and begins again.
         """
         if self._region is None or self._mapped is None:
             raise ValueError("tensors need init_weight_transfer_engine with a region first")

@@ -215,6 +215,7 @@ def test_a_server_that_refuses_an_update_is_left_out_until_it_has_the_weights(
 
 DYING_TRAINER = """
 import os, signal, sys, time
+from arealite.inference import transport
 from arealite.inference.vllm import VLLMEngine
 from tests.inference.parity import checkpoint
 address, model, moment = sys.argv[1:]
@@ -222,9 +223,13 @@ engine = VLLMEngine([address])
 engine.pause()
 if moment == "while paused":
     os.kill(os.getpid(), signal.SIGKILL)
+if moment == "with half of a layer":
+    transport.BUCKET_BYTES = 1  # each tensor in a message of its own
 send = engine._pusher._post_each
 def dying(servers, path, body):
     if path == "/update_weights" and moment == "in the middle of an update":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "with half of a layer" and "up_proj" in str(body):
         os.kill(os.getpid(), signal.SIGKILL)
     if path == "/finish_weight_update" and moment == "before the version":
         send(servers, path, {})
@@ -246,13 +251,21 @@ engine.receive_weights(checkpoint(model).items(), version=9)
             marks=pytest.mark.fault(37, "kill -9 of a trainer in the middle of an update"),
         ),
         pytest.param(
+            "with half of a layer",
+            marks=pytest.mark.fault(37, "kill -9 of a trainer that has sent half of a layer"),
+        ),
+        pytest.param(
             "before the version",
             marks=pytest.mark.fault(67, "kill -9 of a trainer between weights and version"),
         ),
     ],
 )
 def test_what_a_dead_trainer_left_is_undone_and_the_next_one_starts_clean(
-    servers: Servers, weights: dict[int, Weights], model: str, moment: str
+    servers: Servers,
+    weights: dict[int, Weights],
+    model: str,
+    moment: str,
+    monkeypatch: pytest.MonkeyPatch,
 ):
     address = servers.addresses[0]
     command = [sys.executable, "-c", DYING_TRAINER, address, model, moment]
@@ -265,7 +278,10 @@ def test_what_a_dead_trainer_left_is_undone_and_the_next_one_starts_clean(
 
     wait_until(lambda: not is_paused(), within_s=40)
     with VLLMEngine([address]) as engine:
+        refused: list[str] = []
+        monkeypatch.setattr(engine._fleet, "missed_update", lambda _, why: refused.append(why))
         push(engine, weights[1], 1)
+        assert refused == []  # nothing of the other update is in its way
         assert_all_agree(start_generating(engine).result(120), weights, model)
 
 

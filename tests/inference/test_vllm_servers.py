@@ -499,10 +499,13 @@ def test_requests_have_as_much_time_as_if_nobody_had_slept(
         running = start(engine, 2, tokens=40)
         wait_until(lambda: generated(server) == 2)
         engine.sleep()
-        time.sleep(0.6)
+        late = start(engine, 1, tokens=40)
+        time.sleep(1.6)  # twice as long as a request may take
         engine.receive_weights(WEIGHTS.items(), version=1)
         assert all(len(response.token_ids) == 40 for response in running.result(20))
+        assert late.result(20)[0].versions == [1] * 40
         assert engine.take_metrics()["server/retries"] == 0
+        assert max(engine._durations_s) < 1.6
 
 
 def test_a_server_that_dies_in_its_sleep_comes_back_awake_and_gets_the_next_weights(
@@ -516,6 +519,49 @@ def test_a_server_that_dies_in_its_sleep_comes_back_awake_and_gets_the_next_weig
         wait_until(lambda: engine._fleet.servers[0].state == "down")
         servers[0].restart()
         engine.receive_weights(WEIGHTS.items(), version=1)
+        wait_until(lambda: len(engine._fleet.serving()) == 2)
+        assert all(response.versions == [1] * 16 for response in start(engine, 8).result(20))
+
+
+def test_a_pause_by_hand_is_no_second_one_for_a_server_that_sleeps(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    server = scripted_server()
+    with VLLMEngine([server.address], SLEEPY) as engine:
+        push(engine, 0)
+        engine.sleep()
+        push(engine, 1)
+        assert start(engine, 1).result(20)[0].versions == [1] * 16
+
+
+def test_weights_that_cannot_be_gathered_end_the_sleep(
+    scripted_server: Callable[..., ScriptedServer],
+):
+    def breaking() -> Iterator[tuple[str, torch.Tensor]]:
+        raise OSError("the other rank is gone")
+        yield
+
+    with VLLMEngine([scripted_server().address], SLEEPY) as engine:
+        push(engine, 0)
+        engine.sleep()
+        with pytest.raises(OSError, match="the other rank is gone"):
+            engine.receive_weights(breaking(), version=1)
+        assert start(engine, 1).result(20)[0].versions == [0] * 16
+
+
+def test_a_sleeping_server_that_was_out_of_reach_is_woken_before_it_gets_weights(
+    scripted_server: Callable[..., ScriptedServer],
+    fault_proxy: Callable[..., FaultProxy],
+):
+    server = scripted_server()
+    proxy = fault_proxy(server.address)
+    with VLLMEngine([proxy.address, scripted_server().address], SLEEPY) as engine:
+        push(engine, 0)
+        engine.sleep()
+        proxy.inject(faults.Reset())
+        wait_until(lambda: engine._fleet.servers[0].state == "down")
+        engine.receive_weights(WEIGHTS.items(), version=1)
+        proxy.clear()
         wait_until(lambda: len(engine._fleet.serving()) == 2)
         assert all(response.versions == [1] * 16 for response in start(engine, 8).result(20))
 
