@@ -42,6 +42,7 @@ class _Row:
 class _ModelShape:
     """What memory depends on."""
 
+    name: str
     num_parameters: int
     num_layers: int
     hidden_size: int
@@ -62,13 +63,14 @@ def explain(cfg: object) -> str:
     Counts are exact, or the label says that they are an upper bound. Memory is an estimate, for a
     model whose config can be read; else it is "unknown", which is no error here.
     """
-    ranks = dist.world_size()
+    ranks, model = dist.world_size(), getattr(cfg, "model", None)
+    shape = _model_shape(model) if isinstance(model, str) else None
     sections = {
         f"One training step on {_count(ranks, 'rank')}": _step_rows(cfg, ranks),
         "Age of the weights that sampled, counted from those in training": _age_rows(cfg),
         "The whole run": _run_rows(cfg),
-        "Memory of the trainer (an estimate)": _memory_rows(cfg, ranks),
-        "A GPU that trainer and server share (an estimate)": _shared_gpu_rows(cfg, ranks),
+        "Memory of the trainer (an estimate)": _memory_rows(cfg, shape, ranks),
+        "A GPU that trainer and server share (an estimate)": _shared_gpu_rows(cfg, shape, ranks),
     }
     tables = ["\n".join([title, *map(_line, rows)]) for title, rows in sections.items() if rows]
     return "\n\n".join(tables) or "This config has no knobs that other numbers follow from."
@@ -158,15 +160,13 @@ def _run_rows(cfg: object) -> list[_Row]:
     return rows
 
 
-def _memory_rows(cfg: object, ranks: int) -> list[_Row]:
-    model = getattr(cfg, "model", None)
-    if not isinstance(model, str):
+def _memory_rows(cfg: object, shape: _ModelShape | str | None, ranks: int) -> list[_Row]:
+    if shape is None:
         return []
-    shape = _model_shape(model)
     if isinstance(shape, str):
         return [_Row(label="parameters", value="unknown", note=shape)]
     need = _trainer_bytes(cfg, shape, ranks)
-    rows = [_row("parameters", shape.num_parameters, model)]
+    rows = [_row("parameters", shape.num_parameters, shape.name)]
     if rank := _knob(cfg, "train.lora_rank"):
         note = f"adapters of train.lora_rank {rank}"
         rows.append(_row("trained parameters", need.gradients // 4, note))
@@ -218,14 +218,14 @@ def _trainer_bytes(cfg: object, shape: _ModelShape, ranks: int) -> _TrainerBytes
         num_trained = shape.num_adapted(rank, layers)
         weights = (2 if is_half else 4) * shape.num_parameters + 4 * num_trained
     num_tokens = _knob(cfg, "train.micro_batch_tokens") or 0
-    is_recomputed = _is_recomputed(cfg)
+    is_recomputed = _knob(cfg, "train.activation_checkpointing")
     kept = shape.num_layers * (_KEPT_WHEN_RECOMPUTED if is_recomputed else _KEPT)
     kept += _KEPT if is_recomputed else 0  # the one layer that is being computed again
     return _TrainerBytes(
         weights=weights,
         gradients=4 * num_trained,
         states=8 * num_trained,
-        is_offloaded=getattr(getattr(cfg, "train", None), "optimizer_offload", False) is True,
+        is_offloaded=bool(_knob(cfg, "train.optimizer_offload")),
         ranks=ranks,
         activations=kept * num_tokens * shape.hidden_size * (2 if is_half else 4),
         logits=4 * num_tokens * min(shape.vocabulary_size, _COLUMNS),
@@ -237,7 +237,7 @@ def _micro_batch_memory_rows(cfg: object, shape: _ModelShape, need: _TrainerByte
     if not num_tokens:
         return []
     dtype = "bfloat16" if _is_half(cfg) else "float32"
-    how = ", with checkpointing" if _is_recomputed(cfg) else ""
+    how = ", with checkpointing" if _knob(cfg, "train.activation_checkpointing") else ""
     note = f"roughly; {num_tokens:,} tokens in {dtype}{how}"
     width = min(shape.vocabulary_size, _COLUMNS)
     logits_note = f"float32, {width:,} of {shape.vocabulary_size:,} columns at a time"
@@ -247,18 +247,22 @@ def _micro_batch_memory_rows(cfg: object, shape: _ModelShape, need: _TrainerByte
     ]
 
 
-def _shared_gpu_rows(cfg: object, ranks: int) -> list[_Row]:
+def _shared_gpu_rows(cfg: object, shape: _ModelShape | str | None, ranks: int) -> list[_Row]:
     """What is left of a GPU that trainer and server share; nothing where they do not."""
-    model, total = getattr(cfg, "model", None), _gpu_bytes()
     server: Any = getattr(cfg, "server", None)
     knobs = ("addresses", "gpus", "memory_share", "sleep")
-    if total is None or not isinstance(model, str) or not all(hasattr(server, k) for k in knobs):
+    total = _gpu_bytes()
+    if (
+        total is None
+        or not isinstance(shape, _ModelShape)
+        or not all(hasattr(server, knob) for knob in knobs)
+    ):
         return []
-    plan, shape = plan_gpus(server.gpus, server.memory_share), _model_shape(model)
-    if server.addresses or not plan.is_shared or isinstance(shape, str):
+    plan = plan_gpus(server.gpus, server.memory_share)
+    if server.addresses or not plan.is_shared:
         return []
     need, served = _trainer_bytes(cfg, shape, ranks), int(plan.memory_share * total)
-    if getattr(getattr(cfg, "train", None), "cpu_offload", False) is True:
+    if _knob(cfg, "train.cpu_offload"):
         need = replace(need, weights=0, gradients=0, states=0)
     beside = 0 if server.sleep else served
     return [
@@ -287,10 +291,6 @@ def _left(label: str, number: int) -> _Row:
 def _gpu_bytes() -> int | None:
     """Memory of the first GPU, if there is one."""
     return torch.cuda.mem_get_info(0)[1] if torch.cuda.is_available() else None
-
-
-def _is_recomputed(cfg: object) -> bool:
-    return getattr(getattr(cfg, "train", None), "activation_checkpointing", False) is True
 
 
 def _is_half(cfg: object) -> bool:
@@ -329,10 +329,11 @@ def _read_model_shape(name: str) -> _ModelShape:
         model = AutoModelForCausalLM.from_config(config)
     text_config = config.get_text_config()
     linear_sizes = Counter[str]()
-    for name, module in model.named_modules():
+    for path, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-            linear_sizes[name.rpartition(".")[2]] += module.in_features + module.out_features
+            linear_sizes[path.rpartition(".")[2]] += module.in_features + module.out_features
     return _ModelShape(
+        name=name,
         num_parameters=sum(parameter.numel() for parameter in model.parameters()),
         num_layers=text_config.num_hidden_layers,
         hidden_size=text_config.hidden_size,
@@ -343,7 +344,7 @@ def _read_model_shape(name: str) -> _ModelShape:
 
 
 def _knob(cfg: object, key: str) -> int | None:
-    """The whole number at a dotted key; None if this config has no such thing."""
+    """The whole number or switch at a dotted key; None if this config has no such thing."""
     value = cfg
     for name in key.split("."):
         value = getattr(value, name, None)

@@ -28,12 +28,7 @@ import tenacity
 import torch
 
 from arealite import background, dist
-from arealite.errors import (
-    ConfigError,
-    NoServerError,
-    PromptTooLongError,
-    ServerError,
-)
+from arealite.errors import ConfigError, NoServerError, PromptTooLongError, ServerError
 from arealite.inference.connection import (
     CLIENT_ID,
     Connection,

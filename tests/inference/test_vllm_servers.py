@@ -434,6 +434,11 @@ def changes(server: ScriptedServer) -> list[str]:
     return [path for path in asked if path.startswith(controls)]
 
 
+def assert_both_serve(engine: VLLMEngine, *, version: int) -> None:
+    wait_until(lambda: len(engine._fleet.serving()) == 2)
+    assert all(response.versions == [version] * 16 for response in start(engine, 8).result(20))
+
+
 def test_a_server_sleeps_from_a_batch_to_the_next_weights_and_requests_go_on_with_those(
     scripted_server: Callable[..., ScriptedServer],
 ):
@@ -519,8 +524,7 @@ def test_a_server_that_dies_in_its_sleep_comes_back_awake_and_gets_the_next_weig
         wait_until(lambda: engine._fleet.servers[0].state == "down")
         servers[0].restart()
         engine.receive_weights(WEIGHTS.items(), version=1)
-        wait_until(lambda: len(engine._fleet.serving()) == 2)
-        assert all(response.versions == [1] * 16 for response in start(engine, 8).result(20))
+        assert_both_serve(engine, version=1)
 
 
 def test_a_pause_by_hand_is_no_second_one_for_a_server_that_sleeps(
@@ -562,8 +566,7 @@ def test_a_sleeping_server_that_was_out_of_reach_is_woken_before_it_gets_weights
         wait_until(lambda: engine._fleet.servers[0].state == "down")
         engine.receive_weights(WEIGHTS.items(), version=1)
         proxy.clear()
-        wait_until(lambda: len(engine._fleet.serving()) == 2)
-        assert all(response.versions == [1] * 16 for response in start(engine, 8).result(20))
+        assert_both_serve(engine, version=1)
 
 
 def test_the_next_trainer_wakes_what_a_dead_one_left_asleep(
@@ -591,8 +594,7 @@ def test_a_server_that_fails_at_sleeping_or_waking_is_left_out_until_it_is_in_or
         engine.sleep()
         engine.receive_weights(WEIGHTS.items(), version=1)
         assert [server.address for server in engine._fleet.serving()] == [other.address]
-        wait_until(lambda: len(engine._fleet.serving()) == 2)
-        assert all(response.versions == [1] * 16 for response in start(engine, 8).result(20))
+        assert_both_serve(engine, version=1)
 
 
 # --- Room -----------------------------------------------------------------------------------------
