@@ -265,6 +265,8 @@ def _shared_gpu_rows(cfg: object, shape: _ModelShape | str | None, ranks: int) -
     if _knob(cfg, "train.cpu_offload"):
         need = replace(need, weights=0, gradients=0, states=0)
     beside = 0 if server.sleep else served
+    copied = 2 * shape.num_parameters if getattr(server, "transport", "") == "ipc" else 0
+    copy_note = "roughly; server.transport=ipc keeps them on the GPU"
     return [
         _Row(label="memory of the GPU", value=_bytes(total), note="as CUDA reports it"),
         _Row(
@@ -273,8 +275,9 @@ def _shared_gpu_rows(cfg: object, shape: _ModelShape | str | None, ranks: int) -
             note=f"server.memory_share {plan.memory_share:g}"
             + (", which sleeps while the trainer works" if server.sleep else ""),
         ),
-        _left("left while servers generate", total - served - need.kept_per_rank),
-        _left("left while the trainer works", total - beside - need.most_per_rank),
+        *([_Row(label="weights for it", value=_bytes(copied), note=copy_note)] if copied else []),
+        _left("left while servers generate", total - copied - served - need.kept_per_rank),
+        _left("left while the trainer works", total - copied - beside - need.most_per_rank),
     ]
 
 

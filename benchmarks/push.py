@@ -43,11 +43,13 @@ from safetensors.torch import load_file, save_file
 
 from arealite import background
 from arealite.data.models import resolve_model
+from arealite.inference.fleet import Server
 from arealite.inference.server import ServerConfig, serve
 from arealite.inference.transport import Disk, SharedMemory, Transport, tensor_at
 from arealite.inference.vllm import VLLMEngine
 from arealite.types import ModelRequest, SamplingParams
 
+SERVER = Server("http://127.0.0.1:1")  # a name; the receiver is no server
 TURNS = 7
 PUSHES = 60
 IN_FLIGHT = 128
@@ -115,8 +117,8 @@ class Receiver:
 
 def through(transport: Transport, receiver: Receiver, weights: Weights, *, is_copied: bool) -> None:
     transport.keep(weights.items())
-    for update in transport.updates():
-        receiver.order(update | {"is_copied": is_copied})
+    for told in transport.updates([SERVER]):
+        receiver.order(told[SERVER] | {"is_copied": is_copied})
 
 
 def seconds(way: Callable[[], object]) -> float:
@@ -132,7 +134,7 @@ def bandwidth(folder: str) -> dict[str, float]:
     targets = {name: torch.empty_like(tensor) for name, tensor in weights.items()}
     memory, disk = SharedMemory(nbytes), Disk(folder)
     receiver = Receiver()
-    receiver.order(memory.init_info())
+    receiver.order(memory.init_info(SERVER))
 
     def memcpy() -> None:
         for name, tensor in weights.items():

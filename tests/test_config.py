@@ -709,6 +709,8 @@ def test_a_script_ends_with_the_exit_code_and_without_a_traceback(
         (lambda: ServerConfig(max_num_seqs="8"), r"server.max_num_seqs='8' must be a whole number"),  # type: ignore[arg-type]
         (lambda: ServerConfig(max_num_seqs=True), "server.max_num_seqs=True must be a whole numb"),
         (lambda: ServerConfig(patience_s="1"), r"server.patience_s='1' must be a number"),  # type: ignore[arg-type]
+        (lambda: ServerConfig(transport="rdma"), r"server.transport='rdma' is none of"),  # type: ignore[arg-type]
+        (lambda: ServerConfig(transport="disk"), "server.transport=disk needs server.weights_dir"),
         (lambda: ServerConfig(sleep="no"), r"server.sleep='no' must be true or false"),  # type: ignore[arg-type]
         (lambda: RolloutConfig(prompts_per_step=2.5), "prompts_per_step=2.5 must be a whole"),  # type: ignore[arg-type]
         (lambda: FSDPConfig(dtype="half"), "train.dtype='half' is none of"),  # type: ignore[arg-type]

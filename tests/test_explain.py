@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import pytest
@@ -175,6 +175,7 @@ class Server:
     gpus: str = ""
     memory_share: float = 0.0
     sleep: bool = False
+    transport: str = "auto"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +211,20 @@ def test_a_server_that_sleeps_leaves_its_memory_to_the_trainer():
     assert "sleeps while the trainer works" in rows["server"]
     assert rows["left while servers generate"].startswith("800.0 MiB |")
     assert rows["left while the trainer works"].startswith("712.0 MiB |")
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_weights_that_wait_on_the_gpu_for_servers_are_counted(monkeypatch: pytest.MonkeyPatch):
+    size = replace(explanation._read_model_shape("A"), num_parameters=100 * 2**20)
+    monkeypatch.setattr(explanation, "_model_shape", lambda _: size)
+    left = {
+        transport: plan(Server(transport=transport, memory_share=0.1), tokens=1)
+        for transport in ("ipc", "shm")
+    }
+    assert left["ipc"]["weights for it"].startswith("200.0 MiB |")
+    # 2,000 of the GPU, 200 of the server, 12 x 100 of weights and states
+    assert left["shm"]["left while servers generate"].startswith("600.0 MiB |")
+    assert left["ipc"]["left while servers generate"].startswith("400.0 MiB |")
 
 
 def test_states_that_are_kept_elsewhere_come_for_the_optimizer_step_alone():

@@ -33,6 +33,7 @@ class Server:
     version: int | None = None  # of its weights; None: those of the model folder
     running: int = 0  # requests of this process
     capacity: int | None = None  # sequences that it samples at the same time; None: it does not say
+    num_workers: int = 1  # processes that take weights; one per GPU
     has_missed_update: bool = False
 
 

@@ -9,7 +9,8 @@ An update commits its version when every server that still serves has acknowledg
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 import msgspec
@@ -28,6 +29,8 @@ CANARY = {"token_ids": [1] * 8, "sampling_params": {"max_tokens": 2, "logprobs":
 """At least eight tokens: a first prompt of one has been seen to kill a CPU worker."""
 CANARY_TIMEOUT_S = 15.0
 """Short, because no update of the other servers can begin meanwhile."""
+
+NO_BODIES: Mapping[Server, Any] = MappingProxyType({})
 
 Interrupt = Literal["keep", "drain"]
 Kv = Literal["recompute", "reuse"]
@@ -101,7 +104,7 @@ class Pusher:
         """Pause, and let the servers give up the memory of their GPUs until weights come."""
         self.pause()
         self._asleep |= set(self._fleet.in_update())  # also one whose answer gets lost
-        self._post_each(self._fleet.in_update(), self._sleep_path, {})
+        self._post_each(self._fleet.in_update(), self._sleep_path)
 
     def resume(self) -> None:
         """Let the servers go on; wakes those that sleep.
@@ -110,8 +113,7 @@ class Pusher:
             ServerError: those that answer did not take the weights, and not when tried again. One
                 whose engine has died may answer for a moment longer; then it is just gone.
         """
-        self._wake(self._fleet.in_update())
-        self._run(self._resume(), CONTROL_TIMEOUT_S + 5, "resuming the servers")
+        self._run(self._resume(), 2 * CONTROL_TIMEOUT_S + 5, "resuming the servers")
         if self._fleet.serving():
             return
         until_s = time.monotonic() + DYING_S
@@ -164,11 +166,9 @@ class Pusher:
     async def _pause(self) -> None:
         await self._turn.acquire()
         try:
-            # By a trainer that died.
-            asleep = [server for server in self._fleet.serving() if server in self._asleep]
-            self._asleep -= set(await self._each(asleep, "/wake_up", {}, CONTROL_TIMEOUT_S))
+            await self._wake(self._fleet.serving())  # put to sleep by a trainer that died
             servers = self._fleet.begin_update(is_drained=self._is_drained)
-            await self._each(servers, self._pause_path, {}, self._pause_timeout_s)
+            await self._each(servers, self._pause_path, limit_s=self._pause_timeout_s)
         except BaseException:
             self._fleet.end_update()
             self._turn.release()
@@ -183,7 +183,8 @@ class Pusher:
 
     async def _resume(self) -> None:
         try:
-            await self._each(self._fleet.in_update(), "/resume", {}, CONTROL_TIMEOUT_S)
+            await self._wake(self._fleet.in_update())
+            await self._each(self._fleet.in_update(), "/resume")
         finally:
             self._fleet.end_update()
             if self._turn.locked():
@@ -196,48 +197,60 @@ class Pusher:
         self._introduced.discard(server)
         # Paused also when nobody asks it: an update under a running request kills the engine.
         return bool(
-            self._wake([server])
-            and self._post_each([server], _pause_path("keep", "recompute"), {})
+            self._wake_now([server], "")
+            and self._post_each([server], _pause_path("keep", "recompute"))
             and self._send([server], version)
-            and self._post_each([server], "/resume", {})
-            and self._post_each([server], "/inference/v1/generate", CANARY, CANARY_TIMEOUT_S)
+            and self._post_each([server], "/resume")
+            and self._post_each(
+                [server], "/inference/v1/generate", {server: CANARY}, limit_s=CANARY_TIMEOUT_S
+            )
         )
 
     def _send(self, servers: list[Server], version: int) -> list[Server]:
         """The servers that acknowledged every part; the others are stale or down."""
         assert self._transport is not None
-        left = self._wake(servers, "weights")
-        left = self._run(self._open(left), 4 * CONTROL_TIMEOUT_S, "opening a weight update")
-        for update in self._transport.updates():
-            left = self._post_each(left, "/update_weights", {"update_info": update})
-        return self._post_each(left, "/finish_weight_update", {"weight_version": str(version)})
+        left = self._wake_now(servers, "weights")
+        new = {
+            server: {"init_info": self._transport.init_info(server)}
+            for server in left
+            if server not in self._introduced
+        }
+        left = self._run(self._open(left, new), 4 * CONTROL_TIMEOUT_S, "opening a weight update")
+        for messages in self._transport.updates(left):
+            told = {server: {"update_info": messages[server]} for server in left}
+            left = self._post_each(left, "/update_weights", told)
+        finish = {server: {"weight_version": str(version)} for server in left}
+        return self._post_each(left, "/finish_weight_update", finish)
 
-    def _wake(self, servers: list[Server], part: str = "") -> list[Server]:
-        """The servers without those that did not wake; with a part, the rest sleeps on."""
-        asleep = [server for server in servers if server in self._asleep]
-        path = f"/wake_up?tags={part}" if part else "/wake_up"
-        woken = set(self._post_each(asleep, path, {}))
-        if not part:
-            self._asleep -= woken
-        return [server for server in servers if server not in asleep or server in woken]
+    def _wake_now(self, servers: list[Server], part: str) -> list[Server]:
+        return self._run(self._wake(servers, part), 2 * CONTROL_TIMEOUT_S + 5, "waking the servers")
 
     def _post_each(
         self,
         servers: list[Server],
         path: str,
-        body: dict[str, Any],
+        bodies: Mapping[Server, Any] = NO_BODIES,
+        *,
         limit_s: float = CONTROL_TIMEOUT_S,
     ) -> list[Server]:
         if not servers:
             return []
-        calls = self._each(servers, path, body, limit_s)
+        calls = self._each(servers, path, bodies, limit_s=limit_s)
         return self._run(calls, 2 * limit_s + 5, f"{path} on {len(servers)} servers")
 
-    async def _open(self, servers: list[Server]) -> list[Server]:
-        assert self._transport is not None
-        new = [server for server in servers if server not in self._introduced]
-        info = {"init_info": self._transport.init_info()}
-        known = await self._each(new, "/init_weight_transfer_engine", info, CONTROL_TIMEOUT_S)
+    # --- Both -------------------------------------------------------------------------------------
+
+    async def _wake(self, servers: list[Server], part: str = "") -> list[Server]:
+        """The servers without those that did not wake; with a part, the rest sleeps on."""
+        asleep = [server for server in servers if server in self._asleep]
+        woken = set(await self._each(asleep, f"/wake_up?tags={part}" if part else "/wake_up"))
+        if not part:
+            self._asleep -= woken
+        return [server for server in servers if server not in asleep or server in woken]
+
+    async def _open(self, servers: list[Server], new: Mapping[Server, Any]) -> list[Server]:
+        """Start an update of those that answer; the new ones are introduced first."""
+        known = await self._each(list(new), "/init_weight_transfer_engine", new)
         self._introduced |= set(known)
         ready = [server for server in servers if server in self._introduced]
         outcomes = await asyncio.gather(*map(self._open_one, ready))
@@ -251,15 +264,20 @@ class Pusher:
             abandon = {"update_info": {"is_abandoned": True}}
             with contextlib.suppress(ServerError):  # its failure is what closes the update
                 await self._post(server, "/update_weights", abandon, CONTROL_TIMEOUT_S)
-            return bool(await self._each([server], "/start_weight_update", {}, CONTROL_TIMEOUT_S))
+            return bool(await self._each([server], "/start_weight_update"))
         return True
 
     async def _each(
-        self, servers: list[Server], path: str, body: dict[str, Any], limit_s: float
+        self,
+        servers: list[Server],
+        path: str,
+        bodies: Mapping[Server, Any] = NO_BODIES,
+        *,
+        limit_s: float = CONTROL_TIMEOUT_S,
     ) -> list[Server]:
         """The servers that answered; the others have missed the update."""
         outcomes = await asyncio.gather(
-            *(self._post(server, path, body, limit_s) for server in servers),
+            *(self._post(server, path, bodies.get(server, {}), limit_s) for server in servers),
             return_exceptions=True,
         )
         answered: list[Server] = []

@@ -79,6 +79,10 @@ class ServerConfig:
     """Servers on the trainer's GPU give it their memory from next_batch to push_weights; running
     requests freeze, and go on with the new weights. For one GPU that does not hold both at once.
     The time of a step counts for rollout.episode_timeout_s: raise it where steps take minutes."""
+    transport: Literal["auto", "shm", "disk", "ipc", "nccl"] = "auto"
+    """The way of new weights to servers. shm: memory of this host. disk: files in weights_dir. ipc:
+    within the one GPU that trainer and servers share, which then holds them once more. nccl: from
+    GPU to GPU, also on other hosts. auto: disk if weights_dir is set, else shm."""
     weights_dir: str = ""
     """Folder that trainer and servers both see, for servers on other hosts, set on both sides; a
     server reads weights from no other. Empty: servers of this host take weights through memory."""
@@ -109,6 +113,8 @@ class ServerConfig:
         check_at_least(self, "server", hang_timeout_s=2, progress_timeout_s=1, max_reply_bytes=1)
         if not 0 <= self.memory_share <= 1:
             raise ConfigError(f"server.memory_share={self.memory_share} must be between 0 and 1.")
+        if self.transport == "disk" and not self.weights_dir:
+            raise ConfigError("server.transport=disk needs server.weights_dir.")
         check_addresses(self.addresses)
 
 

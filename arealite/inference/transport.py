@@ -9,13 +9,15 @@ import math
 import mmap
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save_file
+
+from arealite.inference.fleet import Server
 
 NamedWeights = Iterable[tuple[str, torch.Tensor]]
 
@@ -32,7 +34,7 @@ REGION_NAME = "arealite-weights"
 class Transport(Protocol):
     """One way to bring weights to every server of a run."""
 
-    def init_info(self) -> dict[str, Any]:
+    def init_info(self, server: Server) -> dict[str, Any]:
         """What a server has to know before its first update."""
         ...
 
@@ -40,10 +42,10 @@ class Transport(Protocol):
         """Copy the weights in place of those before; no server may be reading them."""
         ...
 
-    def updates(self) -> Iterator[dict[str, Any]]:
-        """Messages for `/update_weights` that bring a server what was kept.
+    def updates(self, servers: Sequence[Server]) -> Iterator[dict[Server, dict[str, Any]]]:
+        """Messages for `/update_weights` that bring each server what was kept.
 
-        Each must be answered before the next is drawn.
+        Each must be answered before the next is drawn; a server that failed at one needs no more.
         """
         ...
 
@@ -64,7 +66,7 @@ class SharedMemory:
         self._map(size_bytes)
         self._places: list[dict[str, Any]] = []
 
-    def init_info(self) -> dict[str, Any]:
+    def init_info(self, server: Server) -> dict[str, Any]:
         return {"region": f"/proc/{os.getpid()}/fd/{self._descriptor}"}
 
     def keep(self, weights: NamedWeights) -> None:
@@ -83,15 +85,15 @@ class SharedMemory:
             self._places.append(place)
             offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
-    def updates(self) -> Iterator[dict[str, Any]]:
+    def updates(self, servers: Sequence[Server]) -> Iterator[dict[Server, dict[str, Any]]]:
         bucket: list[dict[str, Any]] = []
         for place in self._places:
             if bucket and place["offset"] - bucket[0]["offset"] >= BUCKET_BYTES:
-                yield {"tensors": bucket}
+                yield {server: {"tensors": bucket} for server in servers}
                 bucket = []
             bucket.append(place)
         if bucket:
-            yield {"tensors": bucket}
+            yield {server: {"tensors": bucket} for server in servers}
 
     def close(self) -> None:
         with suppress(BufferError):
@@ -115,6 +117,29 @@ def tensor_at(place: dict[str, Any], region: mmap.mmap) -> torch.Tensor:
     return torch.frombuffer(region, dtype=dtype, count=count, offset=place["offset"]).view(shape)
 
 
+class KeptWeights:
+    """The newest weights, whole: each tensor is copied in place of the one before."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._tensors: dict[str, torch.Tensor] = {}
+
+    def keep(self, weights: NamedWeights) -> None:
+        before, self._tensors = self._tensors, {}
+        for name, tensor in weights:
+            kept = before.pop(name, None)
+            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
+                kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
+            self._tensors[name] = kept.copy_(tensor.detach())
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return iter(self._tensors.items())
+
+    @property
+    def largest_bytes(self) -> int:
+        return max((tensor.nbytes for tensor in self._tensors.values()), default=0)
+
+
 class Disk:
     """Safetensors files in a folder that trainer and servers both see: for other hosts.
 
@@ -126,35 +151,33 @@ class Disk:
         Path(folder).mkdir(parents=True, exist_ok=True)
         self._folder = Path(tempfile.mkdtemp(prefix="push-", dir=folder)).resolve()
         self._bucket_bytes = bucket_bytes
-        self._kept: dict[str, torch.Tensor] = {}
+        self._kept = KeptWeights(torch.device("cpu"))
 
-    def init_info(self) -> dict[str, Any]:
+    def init_info(self, server: Server) -> dict[str, Any]:
         return {"folder": str(self._folder)}
 
     def keep(self, weights: NamedWeights) -> None:
-        before, self._kept = self._kept, {}
-        for name, tensor in weights:
-            kept = before.pop(name, None)
-            if kept is None or kept.shape != tensor.shape or kept.dtype != tensor.dtype:
-                kept = torch.empty(tensor.shape, dtype=tensor.dtype)
-            self._kept[name] = kept.copy_(tensor.detach())
+        self._kept.keep(weights)
 
-    def updates(self) -> Iterator[dict[str, Any]]:
+    def updates(self, servers: Sequence[Server]) -> Iterator[dict[Server, dict[str, Any]]]:
         bucket: dict[str, torch.Tensor] = {}
         nbytes = 0
-        for name, tensor in self._kept.items():
+        for name, tensor in self._kept:
             if bucket and nbytes + tensor.nbytes > self._bucket_bytes:
-                yield from self._file(bucket)
+                with self._file(bucket) as message:
+                    yield {server: message for server in servers}
                 bucket, nbytes = {}, 0
             bucket[name] = tensor
             nbytes += tensor.nbytes
         if bucket:
-            yield from self._file(bucket)
+            with self._file(bucket) as message:
+                yield {server: message for server in servers}
 
     def close(self) -> None:
         with suppress(OSError):
             self._folder.rmdir()
 
+    @contextmanager
     def _file(self, bucket: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
         path = self._folder / "bucket.safetensors"
         save_file(bucket, path)

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 from urllib.parse import urlsplit
 
 import msgspec
@@ -68,6 +68,7 @@ class _ModelInfo(msgspec.Struct):
 
     vocab_size: int | None = None
     max_num_seqs: int | None = None
+    num_workers: int = 1
     weights_dir: str | None = None
 
 
@@ -514,7 +515,7 @@ class VLLMEngine:
             told = msgspec.json.decode(content, type=_ModelInfo)
         except (ServerError, msgspec.MsgspecError):
             return length, None
-        server.capacity = told.max_num_seqs
+        server.capacity, server.num_workers = told.max_num_seqs, told.num_workers
         self._check_folder(server, told.weights_dir)
         return length, told.vocab_size
 
@@ -531,14 +532,15 @@ class VLLMEngine:
             )
 
     def _make_transport(self) -> Transport:
-        if self._cfg.weights_dir:
+        name = self._cfg.transport
+        if name == "disk" or (name == "auto" and self._cfg.weights_dir):
             return Disk(self._cfg.weights_dir)
-        if all(_is_local(address) for address in self._servers.addresses):
-            return SharedMemory()
-        raise ServerError(
-            "Servers on other hosts take weights through a folder that both sides see: set "
-            "server.weights_dir."
-        )
+        if name != "nccl" and not all(map(_is_local, self._servers.addresses)):
+            raise ServerError(
+                "Servers on other hosts take weights through a folder that both sides see, or from "
+                "GPU to GPU: set server.weights_dir, or server.transport=nccl."
+            )
+        return _transport_between_gpus(name) if name in ("ipc", "nccl") else SharedMemory()
 
     async def _disconnect(self) -> None:
         for connection in self._connections.values():
@@ -558,6 +560,19 @@ def _generate_body(request: ModelRequest, budget: int) -> dict[str, Any]:
             "detokenize": False,
         },
     }
+
+
+def _transport_between_gpus(name: Literal["ipc", "nccl"]) -> Transport:
+    if not torch.cuda.is_available():
+        raise ConfigError(f"server.transport={name} needs a GPU; auto does without.")
+    if name == "ipc" and dist.world_size() > 1:
+        raise ConfigError(
+            "server.transport=ipc is for a trainer of one rank, on the GPU of its servers; "
+            "auto is for all."
+        )
+    from arealite.inference.vllm_transport import VLLMTransport  # imports vLLM, for seconds
+
+    return VLLMTransport(name, torch.device("cuda", torch.cuda.current_device()))
 
 
 def _is_local(address: str) -> bool:

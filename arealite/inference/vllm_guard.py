@@ -174,6 +174,8 @@ def _describe_model(app: Any) -> dict[str, Any]:
         "vocab_size": config.model_config.get_vocab_size(),
         "max_num_seqs": config.scheduler_config.max_num_seqs
         * config.parallel_config.data_parallel_size,
+        "num_workers": config.parallel_config.world_size
+        * config.parallel_config.data_parallel_size,
     }
 
 

@@ -1,7 +1,7 @@
 """The receiving end of a weight push, inside a vLLM worker.
 
 The sender is `arealite.inference.transport`. Weights come in buckets: of places in memory that both
-map, or in a safetensors file.
+map, or in a safetensors file; or vLLM's own receivers for CUDA IPC and NCCL take them.
 """
 
 import mmap
@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import load_file
@@ -18,6 +18,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.distributed.weight_transfer.ipc_engine import IPCWeightTransferEngine
+from vllm.distributed.weight_transfer.nccl_engine import NCCLWeightTransferEngine
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 from vllm.model_executor.model_loader.reload import (
     finalize_layerwise_reload,
@@ -25,7 +27,10 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from arealite.inference.cuda_handles import handles_from_json
 from arealite.inference.transport import REGION_NAME, WEIGHTS_DIR, tensor_at
+
+_ENGINES = {"ipc": IPCWeightTransferEngine, "nccl": NCCLWeightTransferEngine}
 
 
 @dataclass
@@ -36,17 +41,23 @@ class InitInfo(WeightTransferInitInfo):
     """Path of the sender's memory file in /proc, for `tensors`."""
     folder: str | None = None
     """The only folder from which `file` is read."""
+    engine: Literal["ipc", "nccl"] | None = None
+    """vLLM's receiver for `engine_update`."""
+    engine_info: dict[str, Any] = field(default_factory=dict)
+    """What that one has to know first."""
 
 
 @dataclass
 class UpdateInfo(WeightTransferUpdateInfo):
-    """Either tensors in the shared region or one safetensors file."""
+    """Either tensors in the shared region, or one safetensors file, or a message for the engine."""
 
     tensors: list[dict[str, Any]] = field(default_factory=list)
     """Each: name, dtype, shape, and offset in the region in bytes."""
     file: str | None = None
+    engine_update: dict[str, Any] | None = None
     is_abandoned: bool = False
     """The update never came to its end: layers that are not complete get back what they had."""
+    reason: str = "nobody goes on with it"
 
 
 class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
@@ -58,14 +69,20 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     _region: str | None = None
     _mapped: mmap.mmap | None = None
     _folder: Path | None = None
+    _engine: WeightTransferEngine[Any, Any] | None = None
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
-        """Map the region, or remember the folder."""
+        """Map the region, remember the folder, or make the engine."""
         self.shutdown()
         if init_info.region is not None:
             self._region, self._mapped = init_info.region, _map(init_info.region)
         if init_info.folder is not None:
             self._folder = _agreed(init_info.folder)
+        if init_info.engine is not None:
+            kind: Any = _ENGINES[init_info.engine]
+            engine = kind(self.config, self.vllm_config, self.device, self.model)
+            engine.init_transfer_engine(engine.parse_init_info(init_info.engine_info))
+            self._engine = engine
 
     def start_weight_update(self) -> None:
         """Prepare the layers, also behind an update that never finished."""
@@ -77,7 +94,12 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if update_info.is_abandoned:
             # The one way to close an update that no longer has a sender: vLLM takes it as failed.
             self._put_back()
-            raise ValueError("this weight update was abandoned; a new one may start")
+            raise ValueError(f"this weight update was abandoned: {update_info.reason}")
+        if update_info.engine_update is not None:
+            if self._engine is None:
+                raise ValueError("engine_update needs init_weight_transfer_engine with one first")
+            update = handles_from_json(update_info.engine_update)
+            return self._engine.receive_weights(self._engine.parse_update_info(update))
         model: Any = self.model  # every vLLM model has load_weights; nn.Module does not say so
         if update_info.file is not None:
             model.load_weights(iter(load_file(self._checked(update_info.file)).items()))
@@ -86,12 +108,18 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
 
     def finish_weight_update(self) -> None:
         """Put the last layers in place, and repack what the reload does not know about."""
-        finalize_layerwise_reload(self.model, self.model_config)
+        if self._engine is not None:  # which may also let go of the sender's memory
+            self._engine.finish_weight_update()
+        else:
+            finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
 
     def shutdown(self) -> None:
-        """Give the region back; it goes as soon as nobody has a tensor in it any more."""
+        """Give the region back, which goes as soon as nobody has a tensor in it; end the engine."""
         self._region = self._mapped = self._folder = None
+        if self._engine is not None:
+            self._engine.shutdown()
+            self._engine = None
 
     def _put_back(self) -> None:
         """End an update that never finished; layers that are not complete get back what they had.

@@ -190,10 +190,7 @@ class FSDPEngine:
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(
                 f"The trainer's GPU is out of memory{_who_has_it(self._device)}. What helps, the "
-                f"cheapest first: lower train.micro_batch_tokens={self.cfg.micro_batch_tokens}; "
-                "train.activation_checkpointing=true; where a server shares this GPU, "
-                "server.sleep=true or a lower server.memory_share; train.optimizer_offload=true; "
-                "train.lora_rank=32; train.cpu_offload=true; more ranks."
+                f"cheapest first: {'; '.join(_what_frees_memory(self.cfg))}."
             ) from error
 
     def _backward(self, mb: MicroBatch, loss_fn: LossFn, head: Head) -> dict[str, float]:
@@ -367,6 +364,20 @@ def _local(tensor: torch.Tensor | None) -> torch.Tensor:
     """This rank's part of a sharded tensor."""
     assert tensor is not None
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _what_frees_memory(cfg: FSDPConfig) -> list[str]:
+    """Settings that this config does not make use of yet, the cheapest first."""
+    remedies = {
+        f"lower train.micro_batch_tokens={cfg.micro_batch_tokens}": True,
+        "train.activation_checkpointing=true": not cfg.activation_checkpointing,
+        "where a server shares this GPU, server.sleep=true or a lower server.memory_share": True,
+        "train.optimizer_offload=true": not (cfg.optimizer_offload or cfg.cpu_offload),
+        "train.lora_rank=32": not cfg.lora_rank,
+        "train.cpu_offload=true": not cfg.cpu_offload,
+        "more ranks": True,
+    }
+    return [remedy for remedy, is_open in remedies.items() if is_open]
 
 
 def _who_has_it(device: torch.device) -> str:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,11 +25,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RecipeRun]]:
 
 
 @pytest.mark.parametrize("is_tied", [True, False], ids=["tied", "untied"])
-@pytest.mark.parametrize("transport", ["shared memory", "folder"])
-def test_server_and_trainer_agree_after_each_push(transport: str, is_tied: bool, tmp_path: Path):
+@pytest.mark.parametrize("transport", ["shm", "disk", "ipc"])
+def test_server_and_trainer_agree_after_each_push(transport: Any, is_tied: bool, tmp_path: Path):
     folder = make_tiny_model(tmp_path / "model", is_tied=is_tied)
-    weights_dir = str(tmp_path / "weights") if transport == "folder" else ""
-    cfg = ServerConfig(weights_dir=weights_dir, memory_share=0.3)
+    weights_dir = str(tmp_path / "weights") if transport == "disk" else ""
+    cfg = ServerConfig(transport=transport, weights_dir=weights_dir, memory_share=0.3)
     with serve(folder, cfg, log_dir=tmp_path) as servers, VLLMEngine(servers) as engine:
         assert_agrees_after_each_of_three_pushes(engine, folder)
 
@@ -57,7 +58,18 @@ def test_a_server_that_sleeps_gives_its_memory_back_and_answers_as_before(tmp_pa
         assert_agrees_after_each_of_three_pushes(engine, folder)
 
 
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+
+
+@two_gpus
+def test_weights_go_from_gpu_to_gpu_over_nccl(tmp_path: Path):
+    folder = make_tiny_model(tmp_path / "model")
+    cfg = ServerConfig(transport="nccl", gpus="1")
+    with serve(folder, cfg, log_dir=tmp_path) as servers, VLLMEngine(servers) as engine:
+        assert_agrees_after_each_of_three_pushes(engine, folder)
+
+
+@two_gpus
 def test_the_demo_learns_with_trainer_and_server_on_a_gpu_each(start: Callable[..., RecipeRun]):
     run = start("server.gpus=1")
     run.assert_ended(0, within_s=900)

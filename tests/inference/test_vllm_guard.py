@@ -342,7 +342,12 @@ def test_a_server_says_how_many_tokens_its_model_has_and_how_many_sequences_it_s
     vllm_server: RealServer,
 ):
     told = json.loads(fetch(vllm_server, "GET", "/arealite/model"))
-    assert told == {"weights_dir": "", "vocab_size": 320, "max_num_seqs": 128}
+    assert told == {
+        "weights_dir": "",
+        "vocab_size": 320,
+        "max_num_seqs": 128,
+        "num_workers": 1,
+    }
 
 
 @untied

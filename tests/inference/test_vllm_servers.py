@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.parse import urlencode
 
 import pytest
@@ -359,6 +359,19 @@ def test_servers_generate_until_the_weights_are_gathered(
 
         engine.receive_weights(slow(), version=1)
         assert start(engine, 1).result(20)[0].versions == [1] * 16
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+@pytest.mark.parametrize("transport", ["ipc", "nccl"])
+def test_weights_from_gpu_to_gpu_need_one(
+    transport: Literal["ipc", "nccl"], scripted_server: Callable[..., ScriptedServer]
+):
+    server = scripted_server()
+    with (
+        VLLMEngine([server.address], ServerConfig(transport=transport)) as engine,
+        pytest.raises(ConfigError, match=f"server.transport={transport} needs a GPU; auto does"),
+    ):
+        push(engine, 0)
 
 
 def test_servers_of_an_update_that_breaks_off_do_not_serve_until_they_have_the_next_one(

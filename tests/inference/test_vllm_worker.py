@@ -9,9 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from arealite.inference.fleet import Server
 from arealite.inference.transport import WEIGHTS_DIR, Disk, SharedMemory
 
 worker = pytest.importorskip("arealite.inference.vllm_worker", reason="needs vllm")
+
+SERVER = Server("http://127.0.0.1:1")
 
 
 def receiver(folder: Path):
@@ -65,7 +68,7 @@ def test_a_folder_is_agreed_on_only_below_that_of_the_server(
 
 def test_only_the_memory_of_a_trainer_is_mapped(tmp_path: Path):
     memory = SharedMemory(4096)
-    region = worker._map(memory.init_info()["region"])
+    region = worker._map(memory.init_info(SERVER)["region"])
     assert len(region) == 4096
     region.close()
     memory.close()
@@ -81,8 +84,8 @@ def test_only_the_memory_of_a_trainer_is_mapped(tmp_path: Path):
 def arrived(memory: SharedMemory, receiver: Any) -> dict[str, torch.Tensor]:
     return {
         name: tensor
-        for update in memory.updates()
-        for name, tensor in receiver._tensors(update["tensors"])
+        for messages in memory.updates([SERVER])
+        for name, tensor in receiver._tensors(messages[SERVER]["tensors"])
     }
 
 
@@ -104,7 +107,7 @@ def memory() -> Iterator[SharedMemory]:
 def mapped(memory: SharedMemory) -> Iterator[Any]:
     """A receiver that has mapped the memory while it was small."""
     receiver = object.__new__(worker.WeightReceiver)
-    receiver.init_transfer_engine(worker.InitInfo(**memory.init_info()))
+    receiver.init_transfer_engine(worker.InitInfo(**memory.init_info(SERVER)))
     yield receiver
     receiver.shutdown()
 
@@ -159,7 +162,7 @@ def test_a_message_tells_of_no_more_than_a_bucket_and_a_tensor(
     monkeypatch.setattr("arealite.inference.transport.BUCKET_BYTES", 1024)
     weights = {str(number): torch.full((50,), float(number)) for number in range(40)}
     memory.keep(weights.items())
-    sizes = [len(update["tensors"]) for update in memory.updates()]
+    sizes = [len(told[SERVER]["tensors"]) for told in memory.updates([SERVER])]
     assert sum(sizes) == 40
     assert max(sizes) <= 1024 // 256 + 1
     assert same(arrived(memory, mapped), weights)
@@ -176,7 +179,7 @@ def test_a_folder_is_left_empty_behind(tmp_path: Path):
     weights = {"a": torch.ones(20), "b": torch.ones(3)}
     disk.keep(weights.items())
     for _ in range(2):  # once more for a server that comes back
-        read = [load_file(update["file"]) for update in disk.updates()]
+        read = [load_file(told[SERVER]["file"]) for told in disk.updates([SERVER])]
         assert same(read[0] | read[1], weights)
     disk.close()
     assert list(tmp_path.iterdir()) == []
@@ -187,9 +190,9 @@ def test_a_folder_holds_the_weights_as_they_were_when_they_were_kept(tmp_path: P
     weights = {"a": torch.ones(3), "gone": torch.ones(1)}
     disk.keep(weights.items())
     weights["a"] += 1
-    [update] = (load_file(update["file"]) for update in disk.updates())
+    [update] = (load_file(told[SERVER]["file"]) for told in disk.updates([SERVER]))
     assert update["a"].tolist() == [1, 1, 1]
     disk.keep({"a": weights["a"]}.items())
-    [update] = (load_file(update["file"]) for update in disk.updates())
+    [update] = (load_file(told[SERVER]["file"]) for told in disk.updates([SERVER]))
     assert same(update, {"a": torch.full((3,), 2.0)})
     disk.close()
