@@ -133,7 +133,7 @@ def test_a_server_that_comes_back_is_introduced_again_and_gets_what_was_kept(sen
         assert same(again.model.got, weights(3.0))
 
 
-@pytest.mark.fault(14, "a server that dies while NCCL waits for it")
+@pytest.mark.fault(36, "a server that dies while NCCL waits for it")
 def test_a_server_that_is_gone_in_the_middle_takes_no_other_with_it(sender: Any):
     alive, dead = Server("http://127.0.0.1:1"), Server("http://127.0.0.1:2")
     of_vllm = Worker()
