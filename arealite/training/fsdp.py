@@ -15,25 +15,16 @@ from pathlib import Path
 from typing import Literal, Self
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    FSDPModule,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
 from torch.distributed.tensor import DTensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
-from arealite import dist
+from arealite import dist, malloc
 from arealite.config import check_at_least
 from arealite.errors import ConfigError, OutOfMemoryError
 from arealite.training import export, lora
 from arealite.training.canary import check_model
-from arealite.training.model import PolicyModel, blocks, load_model, on_device
+from arealite.training.model import PolicyModel, on_device
 from arealite.training.optimizer import lr_at, make_optimizer, move_states
+from arealite.training.sharding import load_from_rank_0, shard, sharded_modules
 from arealite.types import Head, LossFn, MicroBatch, StepStats
 
 
@@ -124,13 +115,12 @@ class FSDPEngine:
         self._source = model
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         _plan_threads(cfg.cpu_threads)
-        hf_model = load_model(model)
-        # Rounded back to these on export, so that a server gets what it would load from disk.
-        self._dtypes = {name: tensor.dtype for name, tensor in hf_model.state_dict().items()}
+        # Rounded back to these dtypes on export: a server gets what it would load from disk.
+        hf_model, self._dtypes = load_from_rank_0(model)
         if cfg.lora_rank:
             lora.add_adapters(hf_model, cfg)
         self._policy = PolicyModel(hf_model)
-        self._root = _shard(self._policy, cfg, self._device)
+        self._root = shard(self._policy, cfg, self._device)
         self._optimizer = make_optimizer(self._policy, cfg)
         self._offload_states()
         self._num_calls = 0
@@ -167,7 +157,10 @@ class FSDPEngine:
             raise ConfigError("step() got no micro-batch. Pass one minibatch of those pack made.")
         self._optimizer.zero_grad(set_to_none=True)
         with self._no_silent_shortage():
-            return self._step(minibatch, loss_fn, head)
+            stats = self._step(minibatch, loss_fn, head)
+        if self._device.type == "cpu":
+            malloc.trim(self._num_calls)
+        return stats
 
     def _step(self, minibatch: list[MicroBatch], loss_fn: LossFn, head: Head) -> StepStats:
         sums = []
@@ -298,7 +291,7 @@ class FSDPEngine:
 
     def _reshard(self) -> None:
         # After a forward without a backward some weights stay whole: memory that others need.
-        for module in _sharded(self._root):
+        for module in sharded_modules(self._root):
             module.reshard()
 
 
@@ -309,55 +302,6 @@ def _plan_threads(cpu_threads: int) -> None:
         cpu_threads = max(1, len(os.sched_getaffinity(0)) // 2)
     if cpu_threads and not torch.cuda.is_available():
         torch.set_num_threads(cpu_threads)
-
-
-def _shard(policy: PolicyModel, cfg: FSDPConfig, device: torch.device) -> FSDPModule:
-    """The policy itself, sharded in place: each block, then the rest with the root."""
-    is_half = cfg.dtype == "bfloat16" or (cfg.dtype == "auto" and device.type == "cuda")
-    if cfg.activation_checkpointing:
-        policy.model.gradient_checkpointing_enable({"use_reentrant": False})
-        for module in policy.modules():
-            # Not train(): what is inside of the blocks would draw random numbers.
-            if isinstance(module, GradientCheckpointingLayer):
-                module.training = True
-    is_offloaded = cfg.cpu_offload and device.type == "cuda"
-    mesh = init_device_mesh(device.type, (dist.world_size(),))
-    master = torch.float64 if cfg.dtype == "float64" else torch.float32
-    precision = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if is_half else None, reduce_dtype=master
-    )
-    offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
-    for block in blocks(policy.model):
-        _cast(block, master, but_frozen=is_half)
-        fully_shard(
-            block,
-            mesh=mesh,
-            mp_policy=precision,
-            offload_policy=offload,
-            reshard_after_forward=cfg.reshard_after_forward,
-        )
-    _cast(policy, master, but_frozen=is_half)
-    root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
-    for name in ("hidden", "alone"):
-        register_fsdp_forward_method(policy, name)
-    # A sum, not FSDP's mean: loss_weight is already divided by the count of all ranks.
-    for module in _sharded(root):
-        module.set_gradient_divide_factor(1.0)
-        module.set_force_sum_reduction_for_comms(True)
-    return root
-
-
-def _sharded(root: FSDPModule) -> list[FSDPModule]:
-    assert isinstance(root, torch.nn.Module)
-    return [module for module in root.modules() if isinstance(module, FSDPModule)]
-
-
-def _cast(module: torch.nn.Module, dtype: torch.dtype, *, but_frozen: bool) -> None:
-    # Block by block, just before it is sharded: only one block is whole in float32 at a time.
-    for parameter in module.parameters():
-        is_kept = but_frozen and not parameter.requires_grad
-        if parameter.is_floating_point() and not is_kept and not isinstance(parameter, DTensor):
-            parameter.data = parameter.data.to(dtype)
 
 
 def _local(tensor: torch.Tensor | None) -> torch.Tensor:

@@ -8,7 +8,8 @@ from dataclasses import fields, replace
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from accelerate import init_empty_weights
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from arealite.data.models import resolve_model
 from arealite.errors import ConfigError, DataError
@@ -17,21 +18,20 @@ from arealite.training.logprobs import packed_logits, packed_logprobs
 from arealite.types import Head, MicroBatch
 
 
-def load_model(
-    name_or_path: str, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
-) -> PreTrainedModel:
-    """The model with packed attention and without dropout; in the checkpoint's dtype by default.
+def load_model(name_or_path: str, *, is_empty: bool = False) -> PreTrainedModel:
+    """The model with packed attention and without dropout, in the checkpoint's dtype.
+
+    Args:
+        is_empty: its parameters have shapes alone, on the meta device, and no file of weights is
+            read. Its buffers are real.
 
     Raises DataError for what is no causal language model, ConfigError for one that chooses its
     attention from a list of its own.
     """
     attention.register()
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            resolve_model(name_or_path),
-            dtype="auto" if dtype is None else dtype,
-            attn_implementation=attention.ATTENTION,
-        )
+        path = resolve_model(name_or_path)
+        model = _make_empty(path) if is_empty else _read(path)
     except (OSError, ValueError) as error:
         raise DataError(
             f"{name_or_path!r} could not be loaded as a causal language model: {error}. "
@@ -45,7 +45,21 @@ def load_model(
             "transformers' AttentionInterface. Train a model that does, such as Qwen2 or Llama."
         ) from error
     _remove_dropout(model)
-    return model.eval().to(device)  # type: ignore[arg-type]
+    return model.eval()
+
+
+def _read(path: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", attn_implementation=attention.ATTENTION
+    )
+
+
+def _make_empty(path: str) -> PreTrainedModel:
+    config = AutoConfig.from_pretrained(path)
+    with init_empty_weights():
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.ATTENTION)
+    model.tie_weights()  # each parameter was replaced as soon as it was made
+    return model
 
 
 def _remove_dropout(model: PreTrainedModel) -> None:
