@@ -65,7 +65,7 @@ class Connection:
         self._token = token
         self._max_reply_bytes = max_reply_bytes
         self._sessions: dict[bool, aiohttp.ClientSession] = {}  # by whether connections are kept
-        self._deadlines = set[asyncio.Timeout]()
+        self._deadlines: dict[asyncio.Timeout, bool] = {}  # and whether a response is sampled
         self._left_s: dict[asyncio.Timeout, float] = {}  # of deadlines whose clock stands still
         self._has_stopped = False
         self._lost_reason = ""
@@ -107,10 +107,11 @@ class Connection:
         self._left_s.clear()
 
     def stop_clocks(self) -> None:
-        """The server stands still: no time passes for requests until `start_clocks`."""
+        """The server samples nothing: no time passes for responses until `start_clocks`."""
         self._has_stopped = True
-        for deadline in self._deadlines:
-            self._stop(deadline)
+        for deadline, is_sampling in self._deadlines.items():
+            if is_sampling:
+                self._stop(deadline)
 
     def start_clocks(self) -> None:
         """Requests have as much time as they had left."""
@@ -148,8 +149,8 @@ class Connection:
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
-                self._deadlines.add(deadline)
-                if self._has_stopped and echo:
+                self._deadlines[deadline] = is_sampling = bool(echo)
+                if self._has_stopped and is_sampling:
                     self._stop(deadline)
                 session = self._session(is_kept=may_reuse)
                 return await self._exchange(session, method, path, body, echo, deadline)
@@ -172,7 +173,7 @@ class Connection:
                 "with `arealite serve --model MODEL`, or leave server.addresses empty to start it."
             ) from error
         finally:
-            self._deadlines.discard(deadline)
+            self._deadlines.pop(deadline, None)
             self._left_s.pop(deadline, None)
 
     async def _exchange(

@@ -106,11 +106,23 @@ class ServerConfig:
     """More arguments of `vllm serve`, such as `--enable-prefix-caching`."""
 
     def __post_init__(self) -> None:
-        check_at_least(self, "server", tensor_parallel=1, num_cpu_servers=1, cpu_cache_gib=1)
-        check_at_least(self, "server", max_num_seqs=1, max_model_len=0, startup_timeout_s=1)
-        check_at_least(self, "server", max_restarts=0, request_timeout_s=1e-3, patience_s=1e-3)
-        check_at_least(self, "server", recovery_timeout_s=1e-3)
-        check_at_least(self, "server", hang_timeout_s=2, progress_timeout_s=1, max_reply_bytes=1)
+        check_at_least(
+            self,
+            "server",
+            tensor_parallel=1,
+            num_cpu_servers=1,
+            cpu_cache_gib=1,
+            max_num_seqs=1,
+            max_model_len=0,
+            startup_timeout_s=1,
+            max_restarts=0,
+            request_timeout_s=1e-3,
+            patience_s=1e-3,
+            recovery_timeout_s=1e-3,
+            hang_timeout_s=2,
+            progress_timeout_s=1,
+            max_reply_bytes=1,
+        )
         if not 0 <= self.memory_share <= 1:
             raise ConfigError(f"server.memory_share={self.memory_share} must be between 0 and 1.")
         if self.transport == "disk" and not self.weights_dir:

@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from arealite import background
 from arealite.errors import ArealiteError, ServerError, TrajectoryError
 from arealite.inference import connection
-from arealite.inference.connection import Connection
+from arealite.inference.connection import Connection, NoAnswerError
 from arealite.inference.reply import parse_reply
 from arealite.inference.reply_formats import compact
 from arealite.inference.server import ServerConfig
@@ -208,12 +208,45 @@ def test_a_server_may_be_given_up_in_the_moment_in_which_a_request_runs_out_of_t
 
         with suppress(TimeoutError):
             async with deadline:
-                given_up._deadlines.add(deadline)
+                given_up._deadlines[deadline] = True
                 loop.call_soon(change_now)
                 await asyncio.sleep(1)
         return outcome[0]
 
     assert asyncio.run(both_at_once()) is None
+
+
+def test_while_a_server_sleeps_only_responses_have_no_clock():
+    async def outcomes() -> list[bool]:
+        is_over = asyncio.Event()
+
+        async def hold(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            await is_over.wait()
+            writer.close()
+
+        silent = await asyncio.start_server(hold, "127.0.0.1", 0)
+        port = silent.sockets[0].getsockname()[1]
+        connection = Connection(f"http://127.0.0.1:{port}")
+        connection.stop_clocks()
+        calls = [
+            connection.post("/inference/v1/generate", b"{}", limit_s=0.1, echo=b"id"),
+            connection.get("/metrics", limit_s=0.1),
+            connection.post("/resume", b"{}", limit_s=0.1),
+        ]
+        tasks = [asyncio.ensure_future(call) for call in calls]
+        await asyncio.wait(tasks, timeout=0.5)
+        ended = [task.done() for task in tasks]
+        connection.start_clocks()
+        await asyncio.wait(tasks, timeout=2)
+        ended += [isinstance(task.exception(), NoAnswerError) for task in tasks]
+        is_over.set()
+        await connection.close()
+        silent.close()
+        await silent.wait_closed()
+        await asyncio.sleep(0.05)
+        return ended
+
+    assert asyncio.run(outcomes()) == [False, True, True, True, True, True]
 
 
 def test_a_reply_much_slower_than_those_before_it_is_asked_for_again(proxy: FaultProxy):
