@@ -27,6 +27,7 @@ from vllm.model_executor.model_loader.reload import (
 )
 from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
+from arealite import malloc
 from arealite.inference.cuda_handles import handles_from_json
 from arealite.inference.transport import REGION_NAME, WEIGHTS_DIR, tensor_at
 
@@ -70,6 +71,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
     _mapped: mmap.mmap | None = None
     _folder: Path | None = None
     _engine: WeightTransferEngine[Any, Any] | None = None
+    _num_updates = 0
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         """Map the region, remember the folder, or make the engine."""
@@ -113,6 +115,9 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         else:
             finalize_layerwise_reload(self.model, self.model_config)
         repack_heads(self.model)
+        self._num_updates += 1
+        if self.device.type == "cpu":
+            malloc.trim(self._num_updates)
 
     def shutdown(self) -> None:
         """Give the region back, which goes as soon as nobody has a tensor in it; end the engine."""
