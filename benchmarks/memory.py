@@ -7,8 +7,9 @@ Every second it notes the resident memory and the open files of the trainer, of 
 of the supervisor, and of the server's processes together, with the step that the trainer has
 finished. Slopes are least squares over the steps behind the warm-up, in MB per 10 steps; the goal
 is below 1 for each. The medians of five equal parts of that time show what a slope is made of: a
-trainer goes up and down by 100 MB with the length of the responses in a step. The last line is
-JSON.
+trainer goes up and down with the length of the responses in a step, by so much that two runs differ
+by 1 MB in ten steps; a server takes some 20 MB more, in jumps, until it has seen its largest batch.
+The last line is JSON.
 """
 
 import json
