@@ -9,7 +9,8 @@ finished. Slopes are least squares over the steps behind the warm-up, in MB per 
 is below 1 for each. The medians of five equal parts of that time show what a slope is made of: a
 trainer goes up and down with the length of the responses in a step, by so much that two runs differ
 by 1 MB in ten steps; a server takes some 20 MB more, in jumps, until it has seen its largest batch.
-The last line is JSON.
+Files are those of the first and the last part; most are connections of requests in flight, which
+come and go. The last line is JSON.
 """
 
 import json
