@@ -13,8 +13,12 @@ import arealite
 
 PACKAGE = Path(arealite.__file__).parent
 
-IMPORTS_VLLM_AT_THE_TOP = ("arealite.inference.vllm_plugin", "arealite.inference.vllm_worker")
-"""Both live in vLLM's own processes only."""
+IMPORTS_VLLM_AT_THE_TOP = (
+    "arealite.inference.vllm_plugin",
+    "arealite.inference.vllm_worker",
+    "arealite.inference.vllm_transport",
+)
+"""The first two live in vLLM's own processes; `server.transport` ipc and nccl import the third."""
 USES_TORCH_DISTRIBUTED = (
     "arealite.dist",
     "arealite.training",
@@ -28,7 +32,7 @@ import json, importlib, logging, os, pkgutil, sys
 environment = dict(os.environ)
 import arealite
 for module in pkgutil.walk_packages(arealite.__path__, "arealite."):
-    if module.name != "arealite.inference.vllm_worker":
+    if not module.name.endswith((".vllm_worker", ".vllm_transport")):
         importlib.import_module(module.name)
 import torch.distributed
 print(json.dumps({
