@@ -45,7 +45,7 @@ def handles_from_json(update_info: dict[str, Any]) -> dict[str, Any]:
 
 
 def _packed(fields: tuple[Any, ...]) -> list[Any]:
-    found = {place: fields[place] for place in _TYPES}
+    found = {place: value for place, value in enumerate(fields) if place in _TYPES}
     if len(fields) != _NUM_FIELDS or found != _TYPES:
         raise ValueError(f"not the handle of a buffer of uint8: {found} in {len(fields)} fields")
     return [None if place in _TYPES else _plain(value) for place, value in enumerate(fields)]

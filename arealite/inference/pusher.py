@@ -217,8 +217,13 @@ class Pusher:
         }
         left = self._run(self._open(left, new), 4 * CONTROL_TIMEOUT_S, "opening a weight update")
         for messages in self._transport.updates(left):
-            told = {server: {"update_info": messages[server]} for server in left}
-            left = self._post_each(left, "/update_weights", told)
+            told = {
+                server: {"update_info": message}
+                for server, message in messages.items()
+                if server in left
+            }
+            answered = self._post_each(list(told), "/update_weights", told)
+            left = [server for server in left if server not in told or server in answered]
         finish = {server: {"weight_version": str(version)} for server in left}
         return self._post_each(left, "/finish_weight_update", finish)
 

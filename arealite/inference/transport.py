@@ -45,7 +45,8 @@ class Transport(Protocol):
     def updates(self, servers: Sequence[Server]) -> Iterator[dict[Server, dict[str, Any]]]:
         """Messages for `/update_weights` that bring each server what was kept.
 
-        Each must be answered before the next is drawn; a server that failed at one needs no more.
+        All that were drawn must be answered before the next are. A server that failed at one gets
+        no more, and may be passed over in any of them.
         """
         ...
 

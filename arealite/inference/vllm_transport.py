@@ -6,7 +6,7 @@ our limits and our token:
 
     engine, in its thread ──> messages ──> pusher ──> vllm_worker.WeightReceiver ──> vLLM's receiver
               ^                                 │
-              └──── next, once all answered ────┘
+              └──── next, once it answered ─────┘
 
 The only module of a trainer that imports vLLM; only `server.transport` ipc or nccl does that.
 """
@@ -61,39 +61,34 @@ class VLLMTransport:
         self._kept.keep(weights)
 
     def updates(self, servers: Sequence[Server]) -> Iterator[dict[Server, dict[str, Any]]]:
+        """One server after the other: their engines share the streams of a GPU."""
         for server in servers:
-            self._lines[server].begin()
-        at_work = list(servers)
-        while messages := self._messages(at_work):
-            yield messages
-            for server in at_work:
-                self._lines[server].answered()
+            line = self._lines[server]
+            line.begin()
+            while message := self._next_message(server):
+                yield {server: message}
+                line.answered()
 
     def close(self) -> None:
         while self._lines:
             self._lines.popitem()[1].close()
 
-    def _messages(self, at_work: list[Server]) -> dict[Server, dict[str, Any]]:
-        """What each server is to be told next; who is at the end is no longer at work.
+    def _next_message(self, server: Server) -> dict[str, Any] | None:
+        """What the server is to be told next; None at the end.
 
         The engine of a server that went away in the middle waits for it for ever. One that fails,
         or waits like that, is given up, and its server told so: it would take the end of the update
         for that of a whole one.
         """
-        messages: dict[Server, dict[str, Any]] = {}
-        for server in list(at_work):
-            try:
-                message = self._lines[server].next_message()
-            except ServerError as error:
-                self._lines.pop(server).close()
-                at_work.remove(server)
-                messages[server] = {"is_abandoned": True, "reason": str(error)}
-                continue
-            if message is None:
-                at_work.remove(server)
-            else:
-                messages[server] = {"engine_update": message}
-        return messages
+        line = self._lines.get(server)
+        if line is None:  # given up
+            return None
+        try:
+            message = line.next_message()
+        except ServerError as error:
+            self._lines.pop(server).close()
+            return {"is_abandoned": True, "reason": str(error)}
+        return message and {"engine_update": message}
 
     def _engine_info(self, server: Server) -> TrainerInitInfo:
         size = max(BUCKET_BYTES, self._kept.largest_bytes)
@@ -205,7 +200,8 @@ def _own_address(peer: str) -> str:
     host = urlsplit(peer).hostname
     if host is None:  # a Unix socket
         return "127.0.0.1"
-    family, *_, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+    # IPv4, as the store through which the two ends of NCCL meet takes no other.
+    [(*_, target), *_] = socket.getaddrinfo(host, 9, socket.AF_INET, socket.SOCK_DGRAM)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(target)  # sends nothing; only asks for the way
         return probe.getsockname()[0]

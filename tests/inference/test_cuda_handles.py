@@ -58,7 +58,7 @@ def test_a_handle_of_another_kind_is_not_sent():
     fields = [None] * 15
     fields[0], fields[4], fields[5] = torch.Tensor, torch.storage.TypedStorage, torch.float32
     for wrong in (tuple(fields), (torch.Tensor,) * 7):
-        with pytest.raises((ValueError, IndexError), match=r"uint8|index"):
+        with pytest.raises(ValueError, match="not the handle of a buffer of uint8"):
             handles_to_json({"ipc_handles": {"GPU-0": wrong}})
 
 

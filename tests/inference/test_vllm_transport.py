@@ -141,13 +141,13 @@ def test_a_server_that_is_gone_in_the_middle_takes_no_other_with_it(sender: Any)
     sender.init_info(dead)
     sender.keep(weights(4.0).items())
     told = []
-    for messages in sender.updates([alive, dead]):
-        told.append(messages[dead])
-        if alive in messages:
-            of_vllm.take(messages[alive])
+    for [(server, message)] in (messages.items() for messages in sender.updates([dead, alive])):
+        if server is alive:
+            of_vllm.take(message)
+        else:
+            told.append(message)
     assert same(of_vllm.model.got, weights(4.0))
     assert told[-1]["is_abandoned"]
-    assert "as if its server were gone" in told[-1]["reason"]
     with pytest.raises(ValueError, match=r"abandoned: .* as if its server were gone"):
         of_vllm.take(told[-1])
     sender.init_info(dead)  # and begins anew
@@ -184,5 +184,5 @@ def test_an_engine_message_needs_an_engine():
 
 def test_this_host_is_named_as_the_server_sees_it():
     assert transport._own_address("http://127.0.0.1:8000") == "127.0.0.1"
-    assert transport._own_address("http://localhost:8000") in ("127.0.0.1", "::1")
+    assert transport._own_address("http://localhost:8000") == "127.0.0.1"
     assert transport._own_address("unix:///tmp/socket") == "127.0.0.1"
