@@ -22,6 +22,7 @@ shape but the tiny one, it says that nothing was run.
 """
 
 import argparse
+import gc
 import json
 import statistics
 import tempfile
@@ -147,6 +148,7 @@ def measure(model: str, mb: MicroBatch, step: Step) -> Cell:
             except OutOfMemoryError:
                 if is_checkpointed:
                     raise
+        gc.collect()  # engines are full of cycles
         torch.cuda.empty_cache()
     raise AssertionError("one of the two ways returns or raises")
 
@@ -204,6 +206,7 @@ def run(
         for kind, step in KINDS.items():
             for count, length in ((t, n) for t in tokens for n in lengths if n <= t):
                 mb = make_batch(count, length, SHAPES[shape]["vocab_size"])
+                gc.collect()
                 cell = measure(model, mb, step)
                 rate = count / cell.seconds * flops_per_token(shape, length)
                 figures[f"{kind}_{count}x{length}"] = {

@@ -37,3 +37,21 @@ def test_servers_with_gpus_of_their_own_are_not_put_to_sleep(monkeypatch: pytest
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ConfigError, match=r"server.sleep=true is for .* have GPU 1 for themselves"):
         serve("arealite/tiny-math", ServerConfig(sleep=True))
+
+
+@pytest.mark.parametrize(
+    ("present", "cfg", "message"),
+    [
+        (2, ServerConfig(transport="ipc"), r"transport=ipc is for one server on the GPU of the on"),
+        (2, ServerConfig(transport="ipc", gpus="0,1"), r"these have GPU 0,1. Set server.gpus=0"),
+        (1, ServerConfig(transport="nccl"), "a rank trains on GPU 0 of the servers too"),
+        (4, ServerConfig(transport="nccl", gpus="0,3"), r"GPU 0,3 of the servers too. Give them"),
+    ],
+)
+def test_a_way_of_weights_that_these_gpus_do_not_allow_is_refused_at_the_start(
+    present: int, cfg: ServerConfig, message: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: present)
+    with pytest.raises(ConfigError, match=message):
+        serve("arealite/tiny-math", cfg)

@@ -42,6 +42,10 @@ class NoConnectionError(RetryableError):
     """Nobody listens, or the connection broke."""
 
 
+class RefusedError(NoConnectionError):
+    """Nobody listens: the server has ended, or is about to."""
+
+
 class TooManyFilesError(RetryableError):
     """This process has no file descriptor left."""
 
@@ -149,8 +153,8 @@ class Connection:
         deadline = asyncio.timeout(limit_s)
         try:
             async with deadline:
-                self._deadlines[deadline] = is_sampling = bool(echo)
-                if self._has_stopped and is_sampling:
+                self._deadlines[deadline] = bool(echo)
+                if self._has_stopped and echo:
                     self._stop(deadline)
                 session = self._session(is_kept=may_reuse)
                 return await self._exchange(session, method, path, body, echo, deadline)
@@ -168,7 +172,8 @@ class Connection:
                     f"Too many open files for a connection to {self.address}. Raise the limit with "
                     "`ulimit -n`, or lower rollout.max_running_prompts."
                 ) from error
-            raise NoConnectionError(
+            is_refused = isinstance(error, aiohttp.ClientConnectorError)
+            raise (RefusedError if is_refused else NoConnectionError)(
                 f"No vLLM server answered at {self.address} ({type(error).__name__}). Start one "
                 "with `arealite serve --model MODEL`, or leave server.addresses empty to start it."
             ) from error

@@ -26,7 +26,7 @@ from arealite.errors import ConfigError, ServerError
 from arealite.gpu_plan import plan_gpus
 from arealite.inference.supervisor import end_processes
 from arealite.inference.tokens import TOKEN, find_token
-from arealite.inference.transport import WEIGHTS_DIR
+from arealite.inference.transport import TRANSPORT, WEIGHTS_DIR
 from arealite.inference.vllm_plugin import BACKEND, SLEEP
 
 SMALL_MACHINE_CORES = 4
@@ -81,11 +81,12 @@ class ServerConfig:
     The time of a step counts for rollout.episode_timeout_s: raise it where steps take minutes."""
     transport: Literal["auto", "shm", "disk", "ipc", "nccl"] = "auto"
     """The way of new weights to servers. shm: memory of this host. disk: files in weights_dir. ipc:
-    within the one GPU that trainer and servers share, which then holds them once more. nccl: from
-    GPU to GPU, also on other hosts. auto: disk if weights_dir is set, else shm."""
+    within the one GPU that trainer and server share, which then holds them once more. nccl: from
+    GPU to GPU, also on other hosts; set it on both sides. auto: disk if weights_dir is set, else
+    shm."""
     weights_dir: str = ""
     """Folder that trainer and servers both see, for servers on other hosts, set on both sides; a
-    server reads weights from no other. Empty: servers of this host take weights through memory."""
+    server reads weights from no other."""
     request_timeout_s: float = 3600.0
     """Limit of one generation in seconds, waiting in the server's queue included."""
     patience_s: float = 60.0
@@ -348,6 +349,8 @@ def _spec(model: str, cfg: ServerConfig, log_dir: str | Path) -> dict[str, Any]:
     shared = dict(_ENVIRONMENT)
     if cfg.weights_dir:
         shared[WEIGHTS_DIR] = str(Path(cfg.weights_dir).resolve())
+    if cfg.transport in ("ipc", "nccl"):
+        shared[TRANSPORT] = cfg.transport
     if token := find_token(cfg.token_file):
         shared[TOKEN] = token
     elif not is_loopback(cfg.host):
@@ -403,6 +406,16 @@ def _on_gpus(cfg: ServerConfig) -> tuple[list[str], list[dict[str, str]]]:
         raise ConfigError(
             f"server.sleep=true is for servers on a GPU that the trainer works on too, but these "
             f"have GPU {','.join(gpus)} for themselves. Leave it out: they generate all the time."
+        )
+    if cfg.transport == "ipc" and gpus != ["0"]:
+        raise ConfigError(
+            "server.transport=ipc is for one server on the GPU of the only rank, but these have "
+            f"GPU {','.join(gpus)}. Set server.gpus=0, or leave transport out."
+        )
+    if cfg.transport == "nccl" and plan.is_shared:
+        raise ConfigError(
+            f"server.transport=nccl is between GPUs, but a rank trains on GPU {','.join(gpus)} of "
+            "the servers too. Give them others with server.gpus, or leave transport out."
         )
     if plan.is_shared:
         print(

@@ -125,7 +125,7 @@ class Server:
     def _start_on_a_free_port(self) -> None:
         """The first start: a port that somebody else took in the meantime is no reason to fail."""
         for attempts_left in (2, 1, 0):
-            self.port = free_port()
+            self.port = _free_port()
             try:
                 return self._start()
             except ServerError as error:
@@ -440,7 +440,7 @@ def _listener(port: int) -> str:
     return "another process"
 
 
-def free_port() -> int:
+def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -10,7 +10,7 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from arealite.inference.fleet import Server
 
 NamedWeights = Iterable[tuple[str, torch.Tensor]]
+Bucket = list[tuple[str, torch.Tensor]]
 
 BUCKET_BYTES = 256 * 2**20
 """Of weights in one message, which a server loads without answering anything else meanwhile."""
@@ -27,6 +28,8 @@ ALIGNMENT = 64
 """Of each tensor in shared memory, in bytes."""
 WEIGHTS_DIR = "AREALITE_WEIGHTS_DIR"
 """Environment variable of a server: the folder below which it takes files of weights, if any."""
+TRANSPORT = "AREALITE_TRANSPORT"
+"""Environment variable of a server: ipc or nccl, if it takes weights from another GPU process."""
 REGION_NAME = "arealite-weights"
 """Of the memory file, as /proc shows it; a server maps no other."""
 
@@ -133,8 +136,18 @@ class KeptWeights:
                 kept = torch.empty(tensor.shape, dtype=tensor.dtype, device=self._device)
             self._tensors[name] = kept.copy_(tensor.detach())
 
-    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        return iter(self._tensors.items())
+    def buckets(self, nbytes: int | None) -> Iterator[Bucket]:
+        """All of them in order, a bucket of at most so many bytes or one tensor; None: in one."""
+        bucket: Bucket = []
+        filled = 0
+        for name, tensor in self._tensors.items():
+            if bucket and nbytes is not None and filled + tensor.nbytes > nbytes:
+                yield bucket
+                bucket, filled = [], 0
+            bucket.append((name, tensor))
+            filled += tensor.nbytes
+        if bucket:
+            yield bucket
 
     @property
     def largest_bytes(self) -> int:
@@ -161,28 +174,14 @@ class Disk:
         self._kept.keep(weights)
 
     def updates(self, servers: Sequence[Server]) -> Iterator[dict[Server, dict[str, Any]]]:
-        bucket: dict[str, torch.Tensor] = {}
-        nbytes = 0
-        for name, tensor in self._kept:
-            if bucket and nbytes + tensor.nbytes > self._bucket_bytes:
-                with self._file(bucket) as message:
-                    yield {server: message for server in servers}
-                bucket, nbytes = {}, 0
-            bucket[name] = tensor
-            nbytes += tensor.nbytes
-        if bucket:
-            with self._file(bucket) as message:
-                yield {server: message for server in servers}
+        for bucket in self._kept.buckets(self._bucket_bytes):
+            path = self._folder / "bucket.safetensors"
+            save_file(dict(bucket), path)
+            try:
+                yield {server: {"file": str(path)} for server in servers}
+            finally:
+                path.unlink(missing_ok=True)
 
     def close(self) -> None:
         with suppress(OSError):
             self._folder.rmdir()
-
-    @contextmanager
-    def _file(self, bucket: dict[str, torch.Tensor]) -> Iterator[dict[str, Any]]:
-        path = self._folder / "bucket.safetensors"
-        save_file(bucket, path)
-        try:
-            yield {"file": str(path)}
-        finally:
-            path.unlink(missing_ok=True)

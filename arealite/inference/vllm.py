@@ -4,7 +4,8 @@
                 └─ dies, hangs, fails: the request goes to another, or waits for one to come back
     weights -> copy -> pause -> start, update ..., finish -> resume, on every server
 
-vllm itself is never imported here: the servers run in processes of their own.
+The servers run in processes of their own; vllm is imported here for `server.transport` ipc and nccl
+alone.
 """
 
 import asyncio
@@ -33,6 +34,7 @@ from arealite.inference.connection import (
     CLIENT_ID,
     Connection,
     NoAnswerError,
+    RefusedError,
     RetryableError,
     ServerBusyError,
     ServerLostError,
@@ -393,6 +395,7 @@ class VLLMEngine:
     def _make_room(self) -> None:
         """Give back what torch only keeps in case it needs it: servers that wake take it."""
         if self._cfg.sleep and torch.cuda.is_available():
+            torch.cuda.ipc_collect()  # what a server had mapped
             torch.cuda.empty_cache()
 
     def _tell_connections(self, what: Callable[[Connection], None]) -> None:
@@ -408,6 +411,8 @@ class VLLMEngine:
             is_drained = self._cfg.interrupt == "drain"
             limit_s = self._cfg.request_timeout_s if is_drained else self._cfg.patience_s
             return (state.seconds_since_start or 0.0) > limit_s
+        if isinstance(error, RefusedError):  # by then the monitor has given the server up
+            return (state.seconds_since_start or 0.0) > 2 * self._cfg.hang_timeout_s
         return state.attempt_number >= MAX_ATTEMPTS
 
     def _limit_s(self, patience: int) -> float:
@@ -570,7 +575,13 @@ def _transport_between_gpus(name: Literal["ipc", "nccl"]) -> Transport:
             "server.transport=ipc is for a trainer of one rank, on the GPU of its servers; "
             "auto is for all."
         )
-    from arealite.inference.vllm_transport import VLLMTransport  # imports vLLM, for seconds
+    try:
+        from arealite.inference.vllm_transport import VLLMTransport  # imports vLLM, for seconds
+    except ImportError as error:
+        raise ConfigError(
+            f"server.transport={name} needs vLLM beside the trainer too ({error}). Install "
+            '"arealite[vllm]" there, or set server.weights_dir instead.'
+        ) from error
 
     return VLLMTransport(name, torch.device("cuda", torch.cuda.current_device()))
 

@@ -29,7 +29,7 @@ from vllm.model_executor.model_loader.reload.layerwise import get_layerwise_info
 
 from arealite import malloc
 from arealite.inference.cuda_handles import handles_from_json
-from arealite.inference.transport import REGION_NAME, WEIGHTS_DIR, tensor_at
+from arealite.inference.transport import REGION_NAME, TRANSPORT, WEIGHTS_DIR, tensor_at
 
 _ENGINES = {"ipc": IPCWeightTransferEngine, "nccl": NCCLWeightTransferEngine}
 
@@ -81,10 +81,7 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if init_info.folder is not None:
             self._folder = _agreed(init_info.folder)
         if init_info.engine is not None:
-            kind: Any = _ENGINES[init_info.engine]
-            engine = kind(self.config, self.vllm_config, self.device, self.model)
-            engine.init_transfer_engine(engine.parse_init_info(init_info.engine_info))
-            self._engine = engine
+            self._engine = self._make_engine(init_info.engine, init_info.engine_info)
 
     def start_weight_update(self) -> None:
         """Prepare the layers, also behind an update that never finished."""
@@ -125,6 +122,21 @@ class WeightReceiver(WeightTransferEngine[InitInfo, UpdateInfo]):
         if self._engine is not None:
             self._engine.shutdown()
             self._engine = None
+
+    def _make_engine(self, backend: str, info: dict[str, Any]) -> WeightTransferEngine[Any, Any]:
+        if backend != os.environ.get(TRANSPORT):
+            raise ValueError(
+                f"this server was not started to take weights over {backend}: set "
+                f"server.transport={backend} where it is started"
+            )
+        if info.get("master_address") is not None:  # a store, from which vLLM unpickles
+            raise ValueError("NCCL needs nccl_unique_id_b64 here, not master_address")
+        kind: Any = _ENGINES[backend]
+        engine = kind(self.config, self.vllm_config, self.device, self.model)
+        engine.init_transfer_engine(engine.parse_init_info(info))
+        if backend == "nccl" and not engine.model_update_group.available:
+            raise ValueError("vLLM's NCCL is switched off: unset VLLM_DISABLE_PYNCCL")
+        return engine
 
     def _put_back(self) -> None:
         """End an update that never finished; layers that are not complete get back what they had.

@@ -192,6 +192,16 @@ class FaultProxy:
             raise TypeError(f"inject got on={on!r}: write on=[{on!r}].")
         self._injections.append(_Injection(fault, on, path, when))
 
+    def stop_listening(self) -> None:
+        """Refuse new connections, as a server that ends; those that are open stay."""
+        assert self._thread is not None
+        self._thread.run(self._stop_listening())
+
+    def listen_again(self) -> None:
+        """At the same address."""
+        assert self._thread is not None
+        self._thread.run(self._listen(urlsplit(self.address).port or 0))
+
     def clear(self) -> None:
         """Break nothing more."""
         self._injections.clear()
@@ -242,14 +252,20 @@ class FaultProxy:
             skip_auto_headers=ADDED_HEADERS,
             auto_decompress=False,
         )
-        self._server = await asyncio.start_server(
-            self._connected, "127.0.0.1", 0, limit=MAX_HEAD_BYTES
-        )
-        return f"http://127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return f"http://127.0.0.1:{await self._listen(0)}"
 
-    async def _shut(self) -> None:
+    async def _listen(self, port: int) -> int:
+        self._server = await asyncio.start_server(
+            self._connected, "127.0.0.1", port, limit=MAX_HEAD_BYTES
+        )
+        return self._server.sockets[0].getsockname()[1]
+
+    async def _stop_listening(self) -> None:
         await stop_accepting(self._server.sockets)
         self._server.close()
+
+    async def _shut(self) -> None:
+        await self._stop_listening()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

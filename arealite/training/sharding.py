@@ -6,7 +6,8 @@ shapes --other ranks--> empty model on the meta device -->┘
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from itertools import chain
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -29,25 +30,65 @@ if TYPE_CHECKING:
     from arealite.training.fsdp import FSDPConfig
 
 
-def load_from_rank_0(name: str) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
-    """The model, and the dtype of each of its tensors. Only rank 0 reads it; the others' is empty.
+class _Entry(NamedTuple):
+    shape: torch.Size
+    dtype: torch.dtype
+    requires_grad: bool
 
-    Raises on all ranks what `load_model` raised on rank 0.
+
+def load_from_rank_0(name: str) -> tuple[PreTrainedModel, dict[str, torch.dtype]]:
+    """The model, and the dtype of each tensor of its state. Only rank 0 reads its files.
+
+    The model of the others is empty, unless it would be another one than the files make: then all
+    read them. Raises on all ranks what `load_model` raised on rank 0.
     """
     if dist.rank() > 0:
-        dtypes = dist.broadcast({})
-        if isinstance(dtypes, Exception):
-            raise dtypes
-        model = load_model(name, is_empty=True)
-        for path, parameter in model.named_parameters():
-            parameter.data = parameter.data.to(dtypes[path])
-        return model, dtypes
-    try:
+        told = dist.broadcast(({}, {}))
+        if isinstance(told, Exception):
+            raise told
+        entries, dtypes = told
+        model = _empty(name, entries)
+    else:
+        try:
+            model = load_model(name)
+        except Exception as error:
+            dist.broadcast(error)
+            raise
+        dtypes = {path: tensor.dtype for path, tensor in model.state_dict().items()}
+        dist.broadcast((_entries(model), dtypes))
+    is_known = all(dist.gather(model is not None))
+    if model is None or (dist.rank() > 0 and not is_known):
         model = load_model(name)
-    except Exception as error:
-        dist.broadcast(error)
-        raise
-    return model, dist.broadcast({path: t.dtype for path, t in model.state_dict().items()})
+    return model, dtypes
+
+
+def _empty(name: str, entries: dict[str, _Entry]) -> PreTrainedModel | None:
+    """The model without weights, as rank 0 has it; None if it cannot be made from the config."""
+    try:
+        model = load_model(name, is_empty=True)
+    except Exception:  # rank 0 could load it
+        return None
+    if _shapes(_entries(model)) != _shapes(entries):  # files that untie what the config ties, say
+        return None
+    for path, tensor in _tensors(model):
+        tensor.data = tensor.data.to(entries[path].dtype)
+        tensor.requires_grad_(entries[path].requires_grad)
+    return model
+
+
+def _entries(model: PreTrainedModel) -> dict[str, _Entry]:
+    return {
+        path: _Entry(tensor.shape, tensor.dtype, tensor.requires_grad)
+        for path, tensor in _tensors(model)
+    }
+
+
+def _shapes(entries: dict[str, _Entry]) -> dict[str, torch.Size]:
+    return {path: entry.shape for path, entry in entries.items()}
+
+
+def _tensors(model: PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    return chain(model.named_parameters(), model.named_buffers())
 
 
 def shard(policy: PolicyModel, cfg: "FSDPConfig", device: torch.device) -> FSDPModule:

@@ -29,7 +29,8 @@ def start(tmp_path: Path) -> Iterator[Callable[..., RecipeRun]]:
 def test_server_and_trainer_agree_after_each_push(transport: Any, is_tied: bool, tmp_path: Path):
     folder = make_tiny_model(tmp_path / "model", is_tied=is_tied)
     weights_dir = str(tmp_path / "weights") if transport == "disk" else ""
-    cfg = ServerConfig(transport=transport, weights_dir=weights_dir, memory_share=0.3)
+    gpus = "0" if transport == "ipc" else ""
+    cfg = ServerConfig(transport=transport, weights_dir=weights_dir, gpus=gpus, memory_share=0.3)
     with serve(folder, cfg, log_dir=tmp_path) as servers, VLLMEngine(servers) as engine:
         assert_agrees_after_each_of_three_pushes(engine, folder)
 

@@ -1,5 +1,6 @@
 """Handles of CUDA memory as JSON: every field comes back, and nothing but fields."""
 
+import inspect
 import json
 from typing import Any
 
@@ -7,8 +8,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.multiprocessing.reductions import rebuild_cuda_tensor
 
-from arealite.inference.cuda_handles import handles_from_json, handles_to_json
+from arealite.inference.cuda_handles import (
+    _NUM_FIELDS,
+    _TYPES,
+    handles_from_json,
+    handles_to_json,
+)
 
 SIZES = st.integers(0, 2**48)
 
@@ -46,6 +53,16 @@ def test_handles_come_back_as_they_were(by_gpu: dict[str, tuple[Any, ...]]):
         assert [type(value) for value in again["ipc_handles"][gpu]] == [
             tuple if isinstance(value, torch.Size) else type(value) for value in fields
         ]
+
+
+def test_a_handle_has_the_fields_that_torch_makes_a_tensor_of():
+    names = list(inspect.signature(rebuild_cuda_tensor).parameters)
+    assert len(names) == _NUM_FIELDS
+    assert {place: names[place] for place in _TYPES} == {
+        0: "tensor_cls",
+        4: "storage_cls",
+        5: "dtype",
+    }
 
 
 def test_a_message_without_handles_stays_as_it_is():

@@ -389,6 +389,23 @@ def test_servers_of_an_update_that_breaks_off_do_not_serve_until_they_have_the_n
         assert start(engine, 1).result(20)[0].versions == [1] * 16
 
 
+@pytest.mark.fault(3, "an API server that takes no connections any more, and hangs as it ends")
+def test_requests_outlast_a_server_that_refuses_them_before_its_probe_has_an_answer(
+    scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
+):
+    proxy = fault_proxy(scripted_server().address)
+    with VLLMEngine([proxy.address]) as engine:
+        push(engine, 0)
+        proxy.inject(faults.Blackhole(), path="/weight_info")
+        wait_until(lambda: proxy.exchanges_of("/weight_info")[-1].fault is not None)
+        proxy.stop_listening()
+        requests = start(engine, 32)
+        time.sleep(3)
+        proxy.clear()
+        proxy.listen_again()
+        assert len(requests.result(20)) == 32
+
+
 def test_a_request_that_takes_longer_than_others_gets_more_time_with_each_attempt(
     scripted_server: Callable[..., ScriptedServer], fault_proxy: Callable[..., FaultProxy]
 ):

@@ -1,6 +1,7 @@
 """vLLM's own engines behind a push; where a GPU would be, memory of this process stands in."""
 
 import contextlib
+import itertools
 import json
 import queue
 import threading
@@ -12,7 +13,9 @@ import pytest
 import torch
 
 from arealite.errors import ServerError
+from arealite.inference.cuda_handles import handles_to_json
 from arealite.inference.fleet import Server
+from arealite.inference.transport import TRANSPORT
 
 transport = pytest.importorskip("arealite.inference.vllm_transport", reason="needs vllm")
 worker = pytest.importorskip("arealite.inference.vllm_worker", reason="needs vllm")
@@ -22,6 +25,8 @@ CPU = torch.device("cpu")
 
 class End:
     """One end of a group of two, in place of NCCL's."""
+
+    available = True
 
     def __init__(self, wire: queue.Queue[torch.Tensor], rank: int) -> None:
         self._wire, self._rank = wire, rank
@@ -42,15 +47,23 @@ class End:
 @pytest.fixture
 def wires(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Groups between threads instead of GPUs, and no streams."""
-    groups: dict[int, queue.Queue[torch.Tensor]] = {}
+    groups: dict[bytes, queue.Queue[torch.Tensor]] = {}
+    unique_ids = itertools.count()
 
-    def join(address: str, port: int, rank: int, world_size: int, device: object) -> End:
-        assert (address, world_size) == ("127.0.0.1", 2)
-        return End(groups.setdefault(port, queue.Queue()), rank)
+    def join(unique_id: bytes, rank: int, world_size: int, device: object) -> End:
+        assert world_size == 2
+        return End(groups.setdefault(unique_id, queue.Queue()), rank)
+
+    class Library:
+        def ncclGetUniqueId(self) -> SimpleNamespace:
+            return SimpleNamespace(internal=next(unique_ids).to_bytes(128))
 
     stream = SimpleNamespace(synchronize=lambda: None)
     package = "vllm.distributed.weight_transfer"
-    monkeypatch.setattr(f"{package}.nccl_common.stateless_init_process_group", join)
+    monkeypatch.setenv(TRANSPORT, "nccl")
+    monkeypatch.setattr(f"{package}.nccl_common.uid_init_process_group", join)
+    monkeypatch.setattr(transport, "uid_init_process_group", join)
+    monkeypatch.setattr(transport, "NCCLLibrary", Library)
     monkeypatch.setattr(
         f"{package}.packed_tensor._get_streams", lambda _, number: [stream] * number
     )
@@ -153,7 +166,9 @@ def test_a_server_that_is_gone_in_the_middle_takes_no_other_with_it(sender: Any)
     sender.init_info(dead)  # and begins anew
 
 
-def test_an_engine_that_fails_tells_its_server_so(sender: Any, monkeypatch: pytest.MonkeyPatch):
+def test_an_engine_that_fails_says_so_at_once_and_to_its_server(
+    sender: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     server = Server("http://127.0.0.1:1")
     sender.init_info(server)
 
@@ -163,17 +178,17 @@ def test_an_engine_that_fails_tells_its_server_so(sender: Any, monkeypatch: pyte
     monkeypatch.setattr(End, "broadcast", fail)
     sender.keep(weights(1.0).items())
     *_, last = sender.updates([server])
-    assert last == {
-        server: {"is_abandoned": True, "reason": "The nccl engine failed: out of memory"}
-    }
+    reason = f"The nccl engine for {server.address} failed: out of memory"
+    assert last == {server: {"is_abandoned": True, "reason": reason}}
+    assert "warning: the nccl engine for" in capsys.readouterr().out
 
 
 def test_an_engine_that_cannot_begin_says_why(sender: Any, monkeypatch: pytest.MonkeyPatch):
     def refuse(*_: object, **__: object) -> None:
         raise RuntimeError("no such engine")
 
-    monkeypatch.setattr(transport.WeightTransferTrainerFactory, "trainer_init", refuse)
-    with pytest.raises(ServerError, match="The nccl engine failed: no such engine"):
+    monkeypatch.setattr(transport, "NCCLLibrary", refuse)
+    with pytest.raises(ServerError, match=r"The nccl engine for \S+ failed: no such engine"):
         sender.init_info(Server("http://127.0.0.1:1"))
 
 
@@ -182,7 +197,74 @@ def test_an_engine_message_needs_an_engine():
         Worker().take({"engine_update": {}})
 
 
-def test_this_host_is_named_as_the_server_sees_it():
-    assert transport._own_address("http://127.0.0.1:8000") == "127.0.0.1"
-    assert transport._own_address("http://localhost:8000") == "127.0.0.1"
-    assert transport._own_address("unix:///tmp/socket") == "127.0.0.1"
+def test_weights_come_in_buckets(sender: Any, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(transport, "BUCKET_BYTES", 200)
+    server, of_vllm = Server("http://127.0.0.1:1"), Worker()
+    sender.keep(weights(5.0).items())
+    of_vllm.introduce(sender.init_info(server))
+    told = []
+    for messages in sender.updates([server]):
+        told.append(messages[server]["engine_update"]["names"])
+        of_vllm.take(messages[server])
+    assert [sorted(names) for names in told] == [["embed"], ["half", "scalar", "transposed"]]
+    assert same(of_vllm.model.got, weights(5.0))
+
+
+def test_an_engine_is_ended_in_the_middle_of_an_update(sender: Any):
+    server = Server("http://127.0.0.1:1")
+    sender.init_info(server)
+    sender.keep(weights(1.0).items())
+    for _ in sender.updates([server]):  # nobody receives
+        break
+    sender.close()
+    for thread in threading.enumerate():
+        if thread.name.startswith("nccl engine"):
+            thread.join(5)
+            assert not thread.is_alive()
+
+
+def test_nccl_that_is_switched_off_is_noticed_on_both_sides(
+    sender: Any, monkeypatch: pytest.MonkeyPatch
+):
+    info = sender.init_info(Server("http://127.0.0.1:1"))
+    monkeypatch.setattr(End, "available", False)  # every broadcast would do nothing
+    with pytest.raises(ValueError, match="NCCL is switched off: unset VLLM_DISABLE_PYNCCL"):
+        Worker().introduce(info)
+    server = Server("http://127.0.0.1:2")
+    sender.init_info(server)
+    sender.keep(weights(1.0).items())
+    [told] = sender.updates([server])
+    assert "NCCL is switched off here. Unset VLLM_DISABLE_PYNCCL" in told[server]["reason"]
+
+
+@pytest.mark.fault(64, "an engine that the server was not started for, and a store of pickles")
+def test_a_server_takes_weights_only_the_way_that_it_was_started_for(
+    wires: None, monkeypatch: pytest.MonkeyPatch
+):
+    store = {"master_address": "127.0.0.1", "master_port": 1, "rank_offset": 1, "world_size": 2}
+    with pytest.raises(ValueError, match="needs nccl_unique_id_b64 here, not master_address"):
+        Worker().introduce({"engine": "nccl", "engine_info": store})
+    with pytest.raises(ValueError, match=r"set server.transport=ipc where it is started"):
+        Worker().introduce({"engine": "ipc", "engine_info": {"packed": True}})
+    monkeypatch.delenv(TRANSPORT)
+    with pytest.raises(ValueError, match=r"set server.transport=nccl where it is started"):
+        Worker().introduce({"engine": "nccl", "engine_info": {}})
+
+
+def test_handles_of_cuda_memory_reach_the_receiver_of_vllm(monkeypatch: pytest.MonkeyPatch):
+    got = []
+
+    class Receiver(worker.IPCWeightTransferEngine):
+        def receive_weights(self, update_info: Any) -> None:
+            got.append((self.packed, update_info.ipc_handles, update_info.tensor_sizes))
+
+    monkeypatch.setitem(worker._ENGINES, "ipc", Receiver)
+    monkeypatch.setenv(TRANSPORT, "ipc")
+    fields = [0, (8,), (1,), 0, 0, 0, 0, b"handle", 8, 0, False, b"counter", 0, b"event", True]
+    fields[0], fields[4], fields[5] = torch.Tensor, torch.storage.TypedStorage, torch.uint8
+    handles = {"GPU-1": tuple(fields)}
+    update = {"names": ["a"], "dtype_names": ["float32"], "shapes": [[2]], "tensor_sizes": [8]}
+    of_vllm = Worker()
+    of_vllm.introduce({"engine": "ipc", "engine_info": {"packed": True}})
+    of_vllm.take({"engine_update": handles_to_json(update | {"ipc_handles": handles})})
+    assert got == [(True, handles, [8])]

@@ -5,9 +5,11 @@ torchrun --nproc-per-node 2 -m tests.training.loading_ranks MODEL OUT.json
 
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM
 
 from arealite import dist
@@ -21,6 +23,12 @@ def memory_mb(key: str) -> float:
     """VmHWM (peak) or VmRSS of this process."""
     [line] = [x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(key)]
     return int(line.split()[1]) / 1e3
+
+
+def described(tensor: torch.Tensor) -> list[str | float]:
+    whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    total = float(whole.detach().double().abs().sum())
+    return [str(list(whole.shape)), str(whole.dtype), str(tensor.requires_grad), total]
 
 
 def main(model: str, out: Path) -> None:
@@ -42,7 +50,9 @@ def main(model: str, out: Path) -> None:
         raise
     shard(policy, CFG, torch.device("cpu"))
     peak_mb = memory_mb("VmHWM") - before_mb
+    tensors = chain(policy.named_parameters(), policy.named_buffers())
     figures = {
+        "tensors": {name: described(tensor) for name, tensor in tensors},
         "has_read": bool(calls),
         "peak_mb": peak_mb,
         "model_mb": 4e-6 * sum(parameter.numel() for parameter in policy.parameters()),

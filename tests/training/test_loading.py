@@ -4,11 +4,12 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen2Config, Qwen3MoeConfig
 
 from tests.training.helpers import save_random_model
 
@@ -58,6 +59,67 @@ def test_only_rank_0_reads_files_and_the_others_never_hold_the_whole_model(
     size = alone["model_mb"]
     assert first["peak_mb"] > size
     assert second["peak_mb"] < 0.5 * size + 70  # its shards, and one and a half of the largest
+
+
+def deepseek(folder: Path) -> str:
+    """In half precision, but for a buffer of its experts' biases, which stays in float32."""
+    config = DeepseekV3Config(
+        hidden_size=32,
+        intermediate_size=64,
+        moe_intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        first_k_dense_replace=1,
+        n_routed_experts=4,
+        n_group=1,
+        topk_group=1,
+        num_experts_per_tok=2,
+        kv_lora_rank=8,
+        q_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=8,
+        v_head_dim=8,
+        vocab_size=64,
+    )
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape))
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def contradictory(folder: Path) -> str:
+    """Its config ties head and embedding, which differ in its file."""
+    config = Qwen2Config(
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        vocab_size=64,
+        tie_word_embeddings=False,
+    )
+    save_random_model(config, folder)
+    described = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
+    return str(folder)
+
+
+@pytest.mark.parametrize("make", [deepseek, contradictory])
+def test_two_ranks_have_the_tensors_of_one(make: Callable[[Path], str], tmp_path: Path):
+    model = make(tmp_path / "model")
+    entries = {}
+    for number in (1, 2):
+        run = ranks(number, model, str(tmp_path / "out.json"))
+        assert run.returncode == 0, run.stderr[-3000:]
+        entries[number] = [
+            figures["tensors"] for figures in json.loads((tmp_path / "out.json").read_text())
+        ]
+    [alone] = entries[1]
+    assert entries[2] == [alone, alone]
 
 
 def test_a_model_that_cannot_be_loaded_ends_all_ranks_with_its_reason(tmp_path: Path):
