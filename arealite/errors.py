@@ -58,7 +58,7 @@ class GateError(ArealiteError, RuntimeError):
 
 
 class LossError(ArealiteError, ValueError):
-    """A loss function does not give the same gradient for every way to cut a batch."""
+    """A loss function returns what it may not, or another gradient for another cut of a batch."""
 
 
 class CheckpointError(ArealiteError, RuntimeError):

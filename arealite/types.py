@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from arealite.errors import ConfigError
+from arealite.errors import ConfigError, LossError
 
 Row = dict[str, Any]
 """One row of a data set, untouched: whatever keys it came with."""
@@ -147,6 +147,21 @@ class LossOutput:
 
 LossFn = Callable[[torch.Tensor, MicroBatch], LossOutput]
 """Takes the current log-probs [T] with gradient, or logits [T, V], and their micro-batch."""
+
+
+def check_output(output: object) -> None:
+    """Raise LossError for what a loss function may not return."""
+    if not isinstance(output, LossOutput):
+        raise LossError(
+            f"The loss function returned a {type(output).__name__}. "
+            "Return LossOutput(total=...), with the sum over the tokens as total."
+        )
+    for name, value in {"total": output.total, **output.metrics}.items():
+        if not isinstance(value, torch.Tensor) or value.numel() != 1:
+            raise LossError(
+                f"{name} of LossOutput is no tensor of one number. Add up the tokens: .sum()"
+            )
+
 
 Head = Literal["logprobs", "logits"]
 """What a loss function is given: the log-prob of each token, or the logits it was drawn from."""

@@ -140,6 +140,11 @@ def test_all_advantages_zero_is_no_mistake():
     check_loss(lambda logprobs, mb: LossOutput(total=(logprobs * 0 * mb.loss_weight).sum()))
 
 
+def test_a_loss_with_a_gradient_of_something_else_is_named():
+    with pytest.raises(LossError, match="has no gradient, which the engine refuses"):
+        check_loss(lambda logprobs, mb: LossOutput(total=torch.zeros((), requires_grad=True)))
+
+
 # ---- the known mistakes
 
 

@@ -49,9 +49,9 @@ class LossCheck:
 def check_loss(loss_fn: LossFn) -> LossCheck:
     """The greatest changes that rounding made; raises if anything else changes the loss.
 
-    Takes the function that `TrainEngine.step` takes, and two seconds; needs no model, server or
-    process group. The sums of losses and gradients of random batches, of each aggregation of
-    `pack`, must stay the same
+    Takes the function that `TrainEngine.step` takes for log-probs (not for logits), and two
+    seconds; needs no model, server or process group. The sums of losses and gradients of random
+    batches, of each aggregation of `pack`, must stay the same
 
     - for any split into micro-batches, and any order of the sequences,
     - packed, or with one sequence per micro-batch, as padding would have it,

@@ -13,7 +13,7 @@ from arealite import dist
 from arealite.check_loss.batches import Batch
 from arealite.check_loss.ranks import run_on_ranks
 from arealite.errors import LossError
-from arealite.types import LossFn, LossOutput
+from arealite.types import LossFn, check_output
 
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-6}
 """Greatest norm of a difference over the norm, by the precision of the loss."""
@@ -38,21 +38,17 @@ def measure_one(loss_fn: LossFn, batch: Batch, sequences: list[int]) -> Outcome:
     places = batch.tokens(sequences)
     logprobs = batch.logprobs[places].requires_grad_()
     output = loss_fn(logprobs, batch.micro_batch(sequences))
-    if not isinstance(output, LossOutput):
-        raise LossError(
-            f"The loss function returned a {type(output).__name__}. "
-            "Return LossOutput(total=...), with the sum over the tokens as total."
-        )
-    if not output.total.requires_grad:
+    check_output(output)
+    if output.total.requires_grad:
+        output.total.backward()
+    if logprobs.grad is None:
         raise LossError(
             f"The loss of a micro-batch with {len(places)} tokens, "
             f"{int(batch.mb.loss_mask[places].sum())} of them trainable, has no gradient, which "
             "the engine refuses. Compute LossOutput.total from the function's first argument."
         )
-    output.total.backward()
     gradient = torch.zeros(len(batch.logprobs), dtype=torch.float64)
-    if logprobs.grad is not None:
-        gradient.index_add_(0, places, logprobs.grad.double())
+    gradient.index_add_(0, places, logprobs.grad.double())
     return Outcome(
         loss=output.total.item(),
         gradient=gradient,

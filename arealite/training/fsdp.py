@@ -8,11 +8,11 @@ Micro-batches live on the CPU between calls, so a recipe never mentions a device
 
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -25,7 +25,7 @@ from arealite.training.canary import check_model
 from arealite.training.model import PolicyModel, on_device
 from arealite.training.optimizer import lr_at, make_optimizer, move_states
 from arealite.training.sharding import load_from_rank_0, shard, sharded_modules
-from arealite.types import Head, LossFn, MicroBatch, StepStats
+from arealite.types import Head, LossFn, MicroBatch, StepStats, check_output
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +77,10 @@ class FSDPConfig:
 
     def __post_init__(self) -> None:
         check_at_least(self, "train")
+        if isinstance(self.lora_layers, str):
+            raise ConfigError(f"train.lora_layers={self.lora_layers!r} must be a list of names.")
+        if not isinstance(self.betas, Sequence) or len(self.betas) != 2:
+            raise ConfigError(f"train.betas={self.betas} must be two numbers in [0, 1).")
         beta_1, beta_2 = self.betas
         checks = {
             "lr": (self.lr, 0 <= self.lr < math.inf, "0 or more"),
@@ -134,6 +138,7 @@ class FSDPEngine:
 
         float32 (or float64, if that is cfg.dtype); 0 for the first token of each sequence.
         """
+        _check_minibatch(minibatch)
         with self._no_silent_shortage():
             logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
         self._reshard()
@@ -153,8 +158,9 @@ class FSDPEngine:
         self, minibatch: list[MicroBatch], loss_fn: LossFn, *, head: Head = "logprobs"
     ) -> StepStats:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
-        if not minibatch:
-            raise ConfigError("step() got no micro-batch. Pass one minibatch of those pack made.")
+        if head not in get_args(Head):
+            raise ConfigError(f"step() got head={head!r}; it is one of {get_args(Head)}.")
+        _check_minibatch(minibatch)
         self._optimizer.zero_grad(set_to_none=True)
         with self._no_silent_shortage():
             stats = self._step(minibatch, loss_fn, head)
@@ -192,13 +198,17 @@ class FSDPEngine:
         if mb.num_sequences == 0:
             found.sum().backward()
             return {}
+        reached: list[bool] = []
+        found.register_hook(lambda _: reached.append(True))
         output = loss_fn(found, mb)
-        if not output.total.requires_grad:
+        check_output(output)
+        if output.total.requires_grad:
+            output.total.backward()
+        if not reached:
             raise ConfigError(
                 "The loss does not depend on what it was given, so it has no gradient. "
                 "Compute LossOutput.total from the function's first argument."
             )
-        output.total.backward()
         metrics = {"entropy": entropy[mb.loss_mask].sum(), **output.metrics}
         return {
             "loss": output.total.item(),
@@ -248,26 +258,26 @@ class FSDPEngine:
         """
         return export.checkpoint_tensors(self._policy.model, self._dtypes)
 
-    def save(self, path: Path) -> None:
+    def save(self, path: str | Path) -> None:
         """Write weights, optimizer and counters as one torch distributed checkpoint folder."""
-        export.save_state(path, self._policy, self._optimizer, self._counters())
+        export.save_state(Path(path), self._policy, self._optimizer, self._counters())
 
-    def load(self, path: Path) -> None:
+    def load(self, path: str | Path) -> None:
         """Continue from `save`, also on another number of ranks.
 
         Settings stay those of this run's config. Raises CheckpointError if the folder is missing,
         damaged or of another model; the weights are then undefined until another load succeeds.
         """
-        counters = export.load_state(path, self._policy, self._optimizer, self._counters())
+        counters = export.load_state(Path(path), self._policy, self._optimizer, self._counters())
         self._offload_states()
         self._num_calls, self._num_skipped = counters["num_calls"], counters["num_skipped"]
 
     def _counters(self) -> dict[str, int]:
         return {"num_calls": self._num_calls, "num_skipped": self._num_skipped}
 
-    def save_pretrained(self, path: Path) -> None:
+    def save_pretrained(self, path: str | Path) -> None:
         """Write a Hugging Face model folder, tokenizer included, that plain transformers loads."""
-        export.save_pretrained(path, self._policy.model, self._dtypes, self._source)
+        export.save_pretrained(Path(path), self._policy.model, self._dtypes, self._source)
 
     def close(self) -> None:
         """Free weights and optimizer state; the process group stays. May be called again."""
@@ -293,6 +303,19 @@ class FSDPEngine:
         # After a forward without a backward some weights stay whole: memory that others need.
         for module in sharded_modules(self._root):
             module.reshard()
+
+
+def _check_minibatch(minibatch: list[MicroBatch]) -> None:
+    """Raise ConfigError, on all ranks, unless each has as many micro-batches, and at least one."""
+    is_right = isinstance(minibatch, list) and all(isinstance(mb, MicroBatch) for mb in minibatch)
+    counts = dist.gather(len(minibatch) if is_right else -1)
+    if -1 in counts:
+        raise ConfigError("Pass a list of micro-batches: one of the minibatches that pack made.")
+    if 0 in counts or len(set(counts)) > 1:
+        raise ConfigError(
+            f"The ranks got {counts} micro-batches, where all need equally many, and one at least. "
+            "Pass one minibatch of those that pack made, whole: it fills up with empty ones."
+        )
 
 
 def _plan_threads(cpu_threads: int) -> None:

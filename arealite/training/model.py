@@ -4,11 +4,14 @@ T packed tokens, H hidden size. `PolicyModel` is the root that FSDP wraps: the h
 whole only while the root's forward runs, so the log-probs are computed inside of it.
 """
 
+import math
+from collections.abc import Iterator
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from arealite.data.models import resolve_model
@@ -32,7 +35,7 @@ def load_model(name_or_path: str, *, is_empty: bool = False) -> PreTrainedModel:
     try:
         path = resolve_model(name_or_path)
         model = _make_empty(path) if is_empty else _read(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise DataError(
             f"{name_or_path!r} could not be loaded as a causal language model: {error}. "
             "Give a Hugging Face id, or a folder with config.json and *.safetensors."
@@ -49,9 +52,16 @@ def load_model(name_or_path: str, *, is_empty: bool = False) -> PreTrainedModel:
 
 
 def _read(path: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(
-        path, dtype="auto", attn_implementation=attention.ATTENTION
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        path, dtype="auto", attn_implementation=attention.ATTENTION, output_loading_info=True
     )
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):  # transformers makes random ones, and warns
+        raise DataError(
+            f"The files of {path} lack {len(missing)} of the model's tensors, such as "
+            f"{missing[0]}: they are of another model, or not whole. Get them anew."
+        )
+    return model
 
 
 def _make_empty(path: str) -> PreTrainedModel:
@@ -95,6 +105,7 @@ class PolicyModel(torch.nn.Module):
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        self._longest = _longest_packable(model)
 
     def forward(self, mb: MicroBatch, head: Head = "logprobs") -> tuple[torch.Tensor, torch.Tensor]:
         """As `packed_logprobs`, or [T, V] of `packed_logits` in place of its log-probs.
@@ -131,6 +142,13 @@ class PolicyModel(torch.nn.Module):
 
     def _hidden(self, mb: MicroBatch) -> tuple[torch.Tensor, attention.PackedLayout]:
         layout = attention.packed_layout(mb.cu_seqlens.cpu(), mb.token_ids.device)
+        if layout.max_length > self._longest:
+            raise ConfigError(
+                f"A sequence of {layout.max_length:,} tokens cannot be packed with others: beyond "
+                f"{self._longest:,}, the rotary embedding of this {type(self.model).__name__} "
+                "depends on the longest sequence of all. Lower sampling.max_new_tokens, leave out "
+                "long prompts, or train a model whose rope_type is neither dynamic nor longrope."
+            )
         output = self.model.base_model(
             input_ids=mb.token_ids[None],
             position_ids=layout.position_ids[None],
@@ -147,6 +165,27 @@ class PolicyModel(torch.nn.Module):
                 "Train a model without it, such as Qwen2, Qwen3 or Llama."
             )
         return head.weight
+
+
+def _longest_packable(model: PreTrainedModel) -> float:
+    """Tokens of a sequence up to which rotary embeddings do not change with its neighbours."""
+    longest = math.inf
+    modules: Iterator[Any] = model.modules()
+    for module in modules:
+        types = getattr(module, "rope_type", None) or ""
+        for rope_type in types.values() if isinstance(types, dict) else [types]:
+            if "dynamic" in rope_type:
+                longest = min(longest, module.original_max_seq_len)
+            elif rope_type == "longrope":
+                longest = min(longest, *_original_lengths(module.config.rope_parameters))
+    return longest
+
+
+def _original_lengths(parameters: dict[str, Any]) -> list[int]:
+    """Of a model, or of each of its kinds of layers."""
+    kinds = [parameters, *(kind for kind in parameters.values() if isinstance(kind, dict))]
+    key = "original_max_position_embeddings"
+    return [kind[key] for kind in kinds if kind.get(key)]
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite import dist
-from arealite.errors import CheckpointError, ConfigError, OutOfMemoryError
+from arealite.errors import CheckpointError, ConfigError, LossError, OutOfMemoryError
 from arealite.testing import make_tiny_model
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import pack
@@ -326,14 +326,55 @@ def test_a_gradient_that_is_not_finite_skips_the_step_and_nothing_but_the_schedu
     assert same(weights_of(engine), weights_of(untouched))
 
 
-def test_a_loss_that_does_not_use_its_log_probs_is_refused(engine: FSDPEngine):
+@pytest.mark.parametrize("has_gradient", [False, True], ids=["constant", "of something else"])
+def test_a_loss_that_does_not_use_its_log_probs_is_refused(engine: FSDPEngine, has_gradient: bool):
+    total = torch.zeros((), requires_grad=has_gradient)
     with pytest.raises(ConfigError, match="does not depend on what it was given"):
-        engine.step(minibatch_of(), lambda logprobs, mb: LossOutput(total=torch.zeros(())))
+        engine.step(minibatch_of(), lambda logprobs, mb: LossOutput(total=total * 2))
+
+
+@pytest.mark.parametrize(
+    ("loss_fn", "message"),
+    [
+        (lambda logprobs, mb: logprobs.sum(), "returned a Tensor. Return LossOutput"),
+        (lambda logprobs, mb: LossOutput(total=logprobs), "total of LossOutput is no tensor of on"),
+        (
+            lambda logprobs, mb: LossOutput(total=logprobs.sum(), metrics={"gap": logprobs}),
+            "gap of LossOutput is no tensor of one number. Add up the tokens",
+        ),
+    ],
+)
+def test_what_a_loss_may_not_return_is_said(engine: FSDPEngine, loss_fn: Any, message: str):
+    with pytest.raises(LossError, match=message):
+        engine.step(minibatch_of(), loss_fn)
+
+
+def test_another_head_than_there_is_is_refused(engine: FSDPEngine):
+    with pytest.raises(ConfigError, match=r"head='logit'; it is one of \('logprobs', 'logits'\)"):
+        engine.step(minibatch_of(), ppo_loss, head="logit")  # type: ignore[arg-type]
+
+
+def test_what_is_no_minibatch_is_refused(engine: FSDPEngine):
+    for wrong in (minibatch_of()[0], [minibatch_of()]):
+        with pytest.raises(ConfigError, match="Pass a list of micro-batches"):
+            engine.logprobs(wrong)  # type: ignore[arg-type]
+
+
+def test_ranks_with_different_numbers_of_micro_batches_are_told_so(two_ranks: Any):
+    for answer in two_ranks("uneven"):
+        assert "The ranks got [2, 1] micro-batches, where all need equally many" in answer
 
 
 def test_a_step_without_micro_batches_is_refused(engine: FSDPEngine):
-    with pytest.raises(ConfigError, match="no micro-batch"):
+    with pytest.raises(ConfigError, match=r"ranks got \[0\] micro-batches, where all need"):
         engine.step([], ppo_loss)
+
+
+def test_folders_may_be_given_as_text(engine: FSDPEngine, tmp_path: Path):
+    engine.save(str(tmp_path / "state"))
+    engine.load(str(tmp_path / "state"))
+    engine.save_pretrained(str(tmp_path / "model"))
+    assert (tmp_path / "model" / "config.json").is_file()
 
 
 @pytest.mark.parametrize(

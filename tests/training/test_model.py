@@ -1,11 +1,13 @@
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -17,6 +19,7 @@ from transformers import (
 )
 
 from arealite.errors import ConfigError, DataError
+from arealite.testing import make_tiny_model
 from arealite.training import attention
 from arealite.training.model import PolicyModel, blocks, load_model
 from arealite.types import MicroBatch
@@ -187,6 +190,85 @@ def test_the_balance_loss_of_experts_is_no_part_of_the_gradient(tmp_path: Path):
         found = all_gradients(policy.model, policy(mb)[0], embedded)
         expected = all_gradients(reference, one_by_one(reference, mb), alone)
     assert relative_difference(found, expected) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"model_type": "llama", "rope_type": "dynamic", "factor": 4.0},
+        {
+            "model_type": "phi3",
+            "rope_type": "longrope",
+            "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4,
+        },
+    ],
+    ids=lambda config: config["rope_type"],
+)
+def test_sequences_for_which_a_rotary_embedding_looks_at_others_are_refused(
+    config: dict[str, Any], tmp_path: Path
+):
+    rope = {"rope_theta": 10_000.0, **config}
+    model_type = rope.pop("model_type")
+    shape = SHAPE | {"hidden_size": 32, "head_dim": 8, "pad_token_id": 0}
+    described = AutoConfig.for_model(
+        model_type,
+        **shape,
+        max_position_embeddings=64 if model_type == "phi3" else 16,
+        original_max_position_embeddings=16,
+        rope_parameters=rope,
+    )
+    path = save_random_model(described, tmp_path)
+    policy = PolicyModel(load_model(path))
+    short = packed([5, 16, 9])
+    with torch.no_grad():
+        expected = one_by_one(plain_model(path), short)
+        torch.testing.assert_close(policy(short)[0], expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(
+        ConfigError, match=r"of 17 tokens cannot be packed .* beyond 16, the rotary"
+    ):
+        policy(packed([5, 17, 9]))
+
+
+def missing_one(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def of_another_model(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    renamed = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+    save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def of_another_shape(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(3)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def cut(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (missing_one, r"lack 1 of the model's tensors, such as model.layers.1.mlp.up_proj.weight"),
+        (of_another_model, r"lack \d+ of the model's tensors, such as"),
+        (of_another_shape, "could not be loaded as a causal language model"),
+        (cut, "could not be loaded as a causal language model"),
+    ],
+)
+def test_files_without_the_weights_of_the_model_are_refused(
+    damage: Callable[[Path], None], message: str, tmp_path: Path
+):
+    path = make_tiny_model(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(DataError, match=message):
+        load_model(path)
 
 
 def test_train_mode_has_no_dropout(tmp_path: Path):

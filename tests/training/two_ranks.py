@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from arealite import dist
+from arealite.errors import ConfigError
 from arealite.training.fsdp import FSDPEngine
 from arealite.training.packing import pack
 from arealite.types import MicroBatch, StepStats
@@ -66,7 +67,13 @@ def main(model: str, checkpoint: str, out: Path) -> None:
     resumed = FSDPEngine(model, CFG)
     resumed.load(Path(checkpoint))
     resumed_stats = train_step(resumed, minibatch)
+    try:
+        resumed.logprobs([minibatch[0]] * (2 - dist.rank()))
+        uneven = ""
+    except ConfigError as error:
+        uneven = str(error)
     results = {
+        "uneven": dist.gather(uneven),
         "logprobs": dist.gather(logprobs),
         "num_micro_batches": dist.gather(len(minibatch)),
         "gradient": gradient,
