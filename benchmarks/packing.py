@@ -23,8 +23,8 @@ lower bound of it, ceil(tokens / cap / ranks).
 
 The last line is JSON, the worst over the log-normal lengths: `ms_8192`, `median_ms_8192` and
 `fill_8192` (tokens over the room in all micro-batches) at 8,192 sequences; `excess_bins_1e5`, the
-micro-batches above the bound at 100,000, and `excess_share_1e5` relative to it; `imbalance`, of 2
-and 64 ranks at 8,192 and 100,000 sequences.
+micro-batches above the bound at 100,000, and `excess_share_1e5` relative to it; `imbalance`, the
+largest `off` of 2 and 64 ranks where `floor` is 0.
 """
 
 import json
@@ -205,7 +205,7 @@ def summary(
     packed: dict[tuple[str, int], Packed], balanced: dict[tuple[str, int, int], Balanced]
 ) -> dict[str, float]:
     at_8192, at_1e5 = ([packed[name, count] for name in LOG_NORMAL] for count in COUNTS[1:])
-    even = [one for (name, n, _), one in balanced.items() if name in LOG_NORMAL and n in COUNTS[1:]]
+    even = [one for (name, *_), one in balanced.items() if name in LOG_NORMAL and not one.floor]
     return {
         "ms_8192": round(max(one.ms for one in at_8192), 2),
         "median_ms_8192": round(max(one.median_ms for one in at_8192), 2),

@@ -7,7 +7,7 @@ T packed tokens in a micro-batch, N sequences. Every rank computes the same plan
 gathered list, so no rank has to be told its part.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from heapq import heapify, heapreplace
 from itertools import accumulate, chain, pairwise
@@ -28,7 +28,7 @@ QUADRATIC = 1 / (12 * 2048)
 
 # Most work of a rank over the mean, less 1, at which no better balance is looked for; and for how
 # long it is.
-EVEN_ENOUGH, MAX_SWAPS_PER_RANK = 1e-4, 10
+EVEN_ENOUGH, MAX_TRIES_PER_RANK = 1e-4, 20
 
 # A pair of items is taken into a bin if it leaves fewer tokens free than this.
 PAIR_GAPS = 4
@@ -258,8 +258,9 @@ def training_work(length: int) -> float:
 def balance(work: Sequence[float], num_ranks: int) -> list[list[int]]:
     """Per rank, the indices of its items: longest first, each to the rank with the least work.
 
-    Ties go to the lower index and the lower rank. Then the ranks with the most and the least work
-    swap items as long as it helps, until the most is within EVEN_ENOUGH of the mean.
+    Ties go to the lower index and the lower rank. Then the rank with the most work swaps items with
+    others, those with the least first, as long as it helps, until it is within EVEN_ENOUGH of the
+    mean.
     """
     ranks: list[list[int]] = [[] for _ in range(num_ranks)]
     heap = [(0.0, rank) for rank in range(num_ranks)]
@@ -270,18 +271,28 @@ def balance(work: Sequence[float], num_ranks: int) -> list[list[int]]:
         heapreplace(heap, (total + work[index], rank))
     loads = [total for total, _ in sorted(heap, key=lambda item: item[1])]
     limit = (1 + EVEN_ENOUGH) * sum(loads) / num_ranks
-    for _ in range(MAX_SWAPS_PER_RANK * num_ranks):
-        most, least = loads.index(max(loads)), loads.index(min(loads))
-        if loads[most] <= limit:
-            break
-        swap = _best_swap(ranks[most], ranks[least], work, (loads[most] - loads[least]) / 2)
-        if swap is None:
-            break
-        i, j = swap
-        ranks[most][i], ranks[least][j] = ranks[least][j], ranks[most][i]
-        moved = work[ranks[least][j]] - work[ranks[most][i]]
-        loads[most], loads[least] = loads[most] - moved, loads[least] + moved
+    tries = iter(range(MAX_TRIES_PER_RANK * num_ranks))
+    while max(loads) > limit and _swap_once(ranks, loads, work, tries):
+        pass
     return ranks
+
+
+def _swap_once(
+    ranks: list[list[int]], loads: list[float], work: Sequence[float], tries: Iterator[int]
+) -> bool:
+    """Whether the rank with the most work had items to swap; not if there are no tries left."""
+    most = loads.index(max(loads))
+    for other in sorted(range(len(loads)), key=loads.__getitem__):
+        wanted = (loads[most] - loads[other]) / 2
+        if wanted <= 0 or next(tries, None) is None:
+            return False
+        if swap := _best_swap(ranks[most], ranks[other], work, wanted):
+            i, j = swap
+            ranks[most][i], ranks[other][j] = ranks[other][j], ranks[most][i]
+            moved = work[ranks[other][j]] - work[ranks[most][i]]
+            loads[most], loads[other] = loads[most] - moved, loads[other] + moved
+            return True
+    return False
 
 
 def _best_swap(

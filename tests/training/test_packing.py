@@ -4,6 +4,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any, TypeVar
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import example, given, settings
@@ -12,7 +13,15 @@ from hypothesis import strategies as st
 from arealite import dist
 from arealite.algo.advantages import group_advantages
 from arealite.errors import ConfigError, TrajectoryError
-from arealite.training.packing import Aggregation, attach, balance, best_fit, deal, pack
+from arealite.training.packing import (
+    Aggregation,
+    attach,
+    balance,
+    best_fit,
+    deal,
+    pack,
+    training_work,
+)
 from arealite.types import MicroBatch, Trajectory
 from tests.training.helpers import make_groups, make_trajectory
 
@@ -255,6 +264,14 @@ def test_many_items_over_many_ranks_are_balanced_to_a_thousandth():
     dice = random.Random(0)
     work = [dice.lognormvariate(0, 0.3) for _ in range(8_192)]
     loads = [sum(work[i] for i in rank) for rank in balance(work, 64)]
+    assert max(loads) <= 1.001 * sum(work) / 64
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_eight_sequences_per_rank_are_enough_to_balance_them(seed: int):
+    lengths = np.random.default_rng(seed).lognormal(6.5, 0.5, 512).astype(int).tolist()
+    work = [training_work(length) for length in lengths]
+    loads = [sum(work[index] for index in rank) for rank in balance(work, 64)]
     assert max(loads) <= 1.001 * sum(work) / 64
 
 
