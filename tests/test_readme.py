@@ -9,13 +9,14 @@ from typing import Any
 
 import pytest
 
+from arealite import dist
 from arealite.rollout.workflows import ChatWorkflow
 from tests.rollout.agents import CalculatorAgent
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-CALCULATOR, SCRIPT, BAD_NETWORK, CHECK_LOSS, EVALUATION = EXAMPLES
+CALCULATOR, SCRIPT, BAD_NETWORK, CHECK_LOSS, STEP, EVALUATION = EXAMPLES
 DOCSTRING = re.search(
     r"class CalculatorAgent.*?\n(?=\nArgs)", inspect.getdoc(ChatWorkflow) or "", re.DOTALL
 )
@@ -47,6 +48,12 @@ def test_a_model_is_evaluated_without_a_server_as_shown(capsys: pytest.CaptureFi
 def test_the_loss_check_passes_as_shown(capsys: pytest.CaptureFixture[str]):
     exec(CHECK_LOSS, {})
     assert capsys.readouterr().out.startswith("LossCheck(num_comparisons=")
+
+
+def test_a_step_is_taken_with_a_loss_of_ones_own_as_shown(capsys: pytest.CaptureFixture[str]):
+    exec(STEP, {})
+    assert "num_tokens=5, num_sequences=2, skipped=False" in capsys.readouterr().out
+    dist.close()
 
 
 def test_the_last_check_of_a_gpu_is_shown_as_it_ended():

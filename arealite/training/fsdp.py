@@ -12,14 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Self, get_args
+from typing import Any, Literal, Self, get_args
 
 import torch
 from torch.distributed.tensor import DTensor
 
 from arealite import dist, malloc
 from arealite.config import check_at_least
-from arealite.errors import ConfigError, OutOfMemoryError
+from arealite.errors import ConfigError, OutOfMemoryError, TrajectoryError
 from arealite.training import export, lora
 from arealite.training.canary import check_model
 from arealite.training.model import PolicyModel, on_device
@@ -123,6 +123,8 @@ class FSDPEngine:
         hf_model, self._dtypes = load_from_rank_0(model)
         if cfg.lora_rank:
             lora.add_adapters(hf_model, cfg)
+        embedding: Any = hf_model.get_input_embeddings()
+        self._vocab_size = int(embedding.weight.shape[0])
         self._policy = PolicyModel(hf_model)
         self._root = shard(self._policy, cfg, self._device)
         self._optimizer = make_optimizer(self._policy, cfg)
@@ -138,7 +140,7 @@ class FSDPEngine:
 
         float32 (or float64, if that is cfg.dtype); 0 for the first token of each sequence.
         """
-        _check_minibatch(minibatch)
+        _check_minibatch(minibatch, self._vocab_size)
         with self._no_silent_shortage():
             logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
         self._reshard()
@@ -160,7 +162,7 @@ class FSDPEngine:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
         if head not in get_args(Head):
             raise ConfigError(f"step() got head={head!r}; it is one of {get_args(Head)}.")
-        _check_minibatch(minibatch)
+        _check_minibatch(minibatch, self._vocab_size)
         self._optimizer.zero_grad(set_to_none=True)
         with self._no_silent_shortage():
             stats = self._step(minibatch, loss_fn, head)
@@ -305,8 +307,11 @@ class FSDPEngine:
             module.reshard()
 
 
-def _check_minibatch(minibatch: list[MicroBatch]) -> None:
-    """Raise ConfigError, on all ranks, unless each has as many micro-batches, and at least one."""
+def _check_minibatch(minibatch: list[MicroBatch], vocab_size: int) -> None:
+    """Raise ConfigError, on all ranks, unless each has as many micro-batches, and at least one.
+
+    TrajectoryError for a token that the model does not have.
+    """
     is_right = isinstance(minibatch, list) and all(isinstance(mb, MicroBatch) for mb in minibatch)
     counts = dist.gather(len(minibatch) if is_right else -1)
     if -1 in counts:
@@ -315,6 +320,12 @@ def _check_minibatch(minibatch: list[MicroBatch]) -> None:
         raise ConfigError(
             f"The ranks got {counts} micro-batches, where all need equally many, and one at least. "
             "Pass one minibatch of those that pack made, whole: it fills up with empty ones."
+        )
+    largest = max((int(mb.token_ids.max()) for mb in minibatch if mb.num_sequences), default=0)
+    if largest >= vocab_size:
+        raise TrajectoryError(
+            f"Token {largest} is not among the {vocab_size} of the model. Do tokenizer and model "
+            "belong together?"
         )
 
 

@@ -10,7 +10,13 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from arealite import dist
-from arealite.errors import CheckpointError, ConfigError, LossError, OutOfMemoryError
+from arealite.errors import (
+    CheckpointError,
+    ConfigError,
+    LossError,
+    OutOfMemoryError,
+    TrajectoryError,
+)
 from arealite.testing import make_tiny_model
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import pack
@@ -352,6 +358,13 @@ def test_what_a_loss_may_not_return_is_said(engine: FSDPEngine, loss_fn: Any, me
 def test_another_head_than_there_is_is_refused(engine: FSDPEngine):
     with pytest.raises(ConfigError, match=r"head='logit'; it is one of \('logprobs', 'logits'\)"):
         engine.step(minibatch_of(), ppo_loss, head="logit")  # type: ignore[arg-type]
+
+
+def test_a_token_that_the_model_has_not_is_named(engine: FSDPEngine):
+    minibatch = minibatch_of()
+    minibatch[0].token_ids[3] = 123_456
+    with pytest.raises(TrajectoryError, match="Token 123456 is not among the 320 of the model"):
+        engine.step(minibatch, ppo_loss)
 
 
 def test_what_is_no_minibatch_is_refused(engine: FSDPEngine):
