@@ -140,7 +140,7 @@ class FSDPEngine:
 
         float32 (or float64, if that is cfg.dtype); 0 for the first token of each sequence.
         """
-        _check_minibatch(minibatch, self._vocab_size)
+        _check_minibatch(minibatch, self._vocab_size, least=0)
         with self._no_silent_shortage():
             logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
         self._reshard()
@@ -162,7 +162,7 @@ class FSDPEngine:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
         if head not in get_args(Head):
             raise ConfigError(f"step() got head={head!r}; it is one of {get_args(Head)}.")
-        _check_minibatch(minibatch, self._vocab_size)
+        _check_minibatch(minibatch, self._vocab_size, least=1)
         self._optimizer.zero_grad(set_to_none=True)
         with self._no_silent_shortage():
             stats = self._step(minibatch, loss_fn, head)
@@ -307,8 +307,8 @@ class FSDPEngine:
             module.reshard()
 
 
-def _check_minibatch(minibatch: list[MicroBatch], vocab_size: int) -> None:
-    """Raise ConfigError, on all ranks, unless each has as many micro-batches, and at least one.
+def _check_minibatch(minibatch: list[MicroBatch], vocab_size: int, *, least: int) -> None:
+    """Raise ConfigError, on all ranks, unless each has as many micro-batches, and enough.
 
     TrajectoryError for a token that the model does not have.
     """
@@ -316,9 +316,9 @@ def _check_minibatch(minibatch: list[MicroBatch], vocab_size: int) -> None:
     counts = dist.gather(len(minibatch) if is_right else -1)
     if -1 in counts:
         raise ConfigError("Pass a list of micro-batches: one of the minibatches that pack made.")
-    if 0 in counts or len(set(counts)) > 1:
+    if min(counts) < least or len(set(counts)) > 1:
         raise ConfigError(
-            f"The ranks got {counts} micro-batches, where all need equally many, and one at least. "
+            f"The ranks got {counts} micro-batches, where all need equally many, at least {least}. "
             "Pass one minibatch of those that pack made, whole: it fills up with empty ones."
         )
     largest = max((int(mb.token_ids.max()) for mb in minibatch if mb.num_sequences), default=0)
