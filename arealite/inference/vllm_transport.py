@@ -83,35 +83,21 @@ class VLLMTransport:
         # ipc cuts the weights itself, to one buffer that it goes on using.
         nbytes = BUCKET_BYTES if self._backend == "nccl" else None
         for server in servers:
-            for bucket in self._kept.buckets(nbytes):
-                if server not in self._engines:  # given up
-                    break
-                self._engines[server].send(bucket)
-                while message := self._next_message(server):
-                    yield {server: message}
-                    if server in self._engines:
-                        self._engines[server].answered()
+            engine = self._engines[server]
+            try:
+                for bucket in self._kept.buckets(nbytes):
+                    engine.send(bucket)
+                    while message := engine.next_message():
+                        yield {server: {"engine_update": message}}
+                        engine.answered()
+            except ServerError as error:
+                # Its server is told: it would take the end of the update for that of a whole one.
+                self._engines.pop(server).close()
+                yield {server: {"is_abandoned": True, "reason": str(error)}}
 
     def close(self) -> None:
         while self._engines:
             self._engines.popitem()[1].close()
-
-    def _next_message(self, server: Server) -> dict[str, Any] | None:
-        """What the server is to be told next; None at the end of a bucket.
-
-        The engine of a server that went away in the middle waits for it for ever. One that fails,
-        or waits like that, is given up, and its server told so: it would take the end of the update
-        for that of a whole one.
-        """
-        engine = self._engines.get(server)
-        if engine is None:
-            return None
-        try:
-            message = engine.next_message()
-        except ServerError as error:
-            self._engines.pop(server).close()
-            return {"is_abandoned": True, "reason": str(error)}
-        return message and {"engine_update": message}
 
 
 # --- Engines --------------------------------------------------------------------------------------

@@ -107,9 +107,10 @@ def shard(policy: PolicyModel, cfg: "FSDPConfig", device: torch.device) -> FSDPM
         param_dtype=torch.bfloat16 if is_half else None, reduce_dtype=master
     )
     offload = CPUOffloadPolicy() if is_offloaded else OffloadPolicy()
+    home = torch.device("cpu") if is_offloaded else device
     for block in blocks(policy.model):
         _cast(block, master, but_frozen=is_half)
-        with _from_rank_0(block, torch.device("cpu") if is_offloaded else device):
+        with _from_rank_0(block, home):
             fully_shard(
                 block,
                 mesh=mesh,
@@ -118,7 +119,7 @@ def shard(policy: PolicyModel, cfg: "FSDPConfig", device: torch.device) -> FSDPM
                 reshard_after_forward=cfg.reshard_after_forward,
             )
     _cast(policy, master, but_frozen=is_half)
-    with _from_rank_0(policy, torch.device("cpu") if is_offloaded else device):
+    with _from_rank_0(policy, home):
         root = fully_shard(policy, mesh=mesh, mp_policy=precision, offload_policy=offload)
     for buffer in policy.buffers():
         torch.distributed.broadcast(buffer, 0)

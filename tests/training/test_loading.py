@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen2Config, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, DeepseekV3Config, Qwen3MoeConfig
 
+from arealite.testing import make_tiny_model
 from tests.training.helpers import save_random_model
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads peaks from /proc")
@@ -93,16 +94,7 @@ def deepseek(folder: Path) -> str:
 
 def contradictory(folder: Path) -> str:
     """Its config ties head and embedding, which differ in its file."""
-    config = Qwen2Config(
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=2,
-        vocab_size=64,
-        tie_word_embeddings=False,
-    )
-    save_random_model(config, folder)
+    make_tiny_model(folder, is_tied=False)
     described = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(described | {"tie_word_embeddings": True}))
     return str(folder)
