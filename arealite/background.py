@@ -10,7 +10,7 @@ import random
 import selectors
 import sys
 import threading
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
 from arealite.errors import DeadlineError
@@ -82,3 +82,25 @@ def run(coroutine: Coroutine[Any, Any, Result], *, timeout_s: float, what: str) 
             ) from error
         finally:
             future.cancel()
+
+
+async def in_thread(function: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:
+    """What a function returns that would block the loop, from a thread of its own.
+
+    Unlike those of asyncio.to_thread, these are as many as are asked for, and one that hangs does
+    not keep Python from ending. Nothing stops it when its caller is cancelled.
+    """
+    outcome: concurrent.futures.Future[Result] = concurrent.futures.Future()
+
+    def run() -> None:
+        if not outcome.set_running_or_notify_cancel():
+            return
+        try:
+            outcome.set_result(function(*args, **kwargs))
+        except StopIteration as error:  # which no future takes
+            outcome.set_exception(RuntimeError(f"it raised {error!r}"))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, name="arealite-call", daemon=True).start()
+    return await asyncio.wrap_future(outcome)

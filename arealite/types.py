@@ -31,6 +31,8 @@ class SamplingParams:
     """Nucleus mass; below 1 the sampler leaves the policy's support and the ratios are biased."""
     max_new_tokens: int = 256
     """Budget of one response in tokens."""
+    stop: tuple[str, ...] = ()
+    """A response also ends behind the first of these texts, whose tokens are part of it."""
     ignore_eos: bool = False
     """Go on behind the end token until the budget is used up; for measurements."""
 
@@ -41,6 +43,11 @@ class SamplingParams:
             "max_new_tokens": (
                 isinstance(self.max_new_tokens, Integral) and self.max_new_tokens >= 1,
                 "a whole number, at least 1",
+            ),
+            "stop": (
+                not isinstance(self.stop, str)
+                and all(isinstance(text, str) and text for text in self.stop),
+                "texts that are not empty, as a list",
             ),
         }
         for name, (is_right, rule) in checks.items():
@@ -78,6 +85,7 @@ class ModelResponse:
     behavior_logprobs: list[float]  # [L] at the sampling temperature
     versions: list[int]  # [L] version of the weights that sampled each token
     finish_reason: FinishReason
+    request: ModelRequest | None = None  # that an engine answers with it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -92,6 +100,11 @@ class Trajectory:
     temperature: float  # the tokens were sampled at this one
     finish_reason: FinishReason  # of the last response
     row_index: int = -1  # place of its row in the run's order; the executor sets it
+    raw_reward: float | None = None  # before any shaping, such as a discount; None: as `reward`
+    step_rewards: tuple[tuple[int, float], ...] = ()  # last token of a step, and the step's reward
+    metrics: dict[str, float] = field(default_factory=dict)  # such as turns; see rollout_metrics
+    sample: int = -1  # of its group; parts of one conversation share it. -1: no other has its own
+    earlier: "tuple[Trajectory, ...]" = ()  # of its conversation, before the history was rewritten
 
     @property
     def response_length(self) -> int:

@@ -51,7 +51,8 @@ class Planted:
         return getattr(self.engine, name)
 
     async def agenerate(self, request: ModelRequest) -> ModelResponse:
-        return self.answer(await self.engine.agenerate(self.ask(request)))
+        response = self.answer(await self.engine.agenerate(self.ask(request)))
+        return replace(response, request=request)
 
     def receive_weights(self, weights: Weights, *, version: int) -> None:
         self.engine.receive_weights(self.take(weights), version=version)

@@ -10,6 +10,8 @@ batch that made it. Names, in the order in which a step meets them:
 | name | definition |
 |---|---|
 | rollout/reward | mean reward of the batch's trajectories |
+| rollout/raw_reward | the same before any shaping, such as a discount for a second try |
+| rollout/NAME | mean of Trajectory.metrics NAME, such as turns or tool_calls of an episode |
 | rollout/response_length | mean number of sampled tokens per trajectory |
 | rollout/response_length_max | largest number of sampled tokens of a trajectory |
 | rollout/truncated_share | share of trajectories that ran out of their token budget (`length`) |
@@ -53,7 +55,9 @@ import json
 import math
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from time import monotonic
 
 from arealite import dist
@@ -99,7 +103,9 @@ def rollout_metrics(
     extremes = dist.gather((longest, max(oldest, default=0)))
     num_samples, num_tokens = total["samples"], total["tokens"]
     return {
+        **_means_of_episodes(samples),
         "rollout/reward": _ratio(total["reward"], num_samples),
+        "rollout/raw_reward": _ratio(total["raw_reward"], num_samples),
         "rollout/response_length": _ratio(num_tokens, num_samples),
         "rollout/response_length_max": float(max(length for length, _ in extremes)),
         "rollout/truncated_share": _ratio(total["truncated"], num_samples),
@@ -314,10 +320,22 @@ def _batch_sums(groups: list[list[Trajectory]]) -> dict[str, float]:
         "samples": len(samples),
         "tokens": sum(sample.response_length for sample in samples),
         "reward": sum(sample.reward for sample in samples),
+        "raw_reward": sum(
+            sample.reward if sample.raw_reward is None else sample.raw_reward for sample in samples
+        ),
         "truncated": sum(sample.finish_reason == "length" for sample in samples),
         "out_of_context": sum(sample.finish_reason == "context" for sample in samples),
         "constant": sum(len({sample.reward for sample in group}) == 1 for group in groups),
     }
+
+
+def _means_of_episodes(samples: list[Trajectory]) -> dict[str, float]:
+    """Mean of each name in the trajectories' own metrics, over those of all ranks that have it."""
+    pairs = [pair for sample in samples for pair in sample.metrics.items()]
+    values: dict[str, list[float]] = {}
+    for name, value in chain.from_iterable(dist.gather(pairs)):
+        values.setdefault(name, []).append(value)
+    return {f"rollout/{name}": fmean(values[name]) for name in sorted(values)}
 
 
 def _lost_sums(lost: Sequence[LostRow]) -> dict[str, float]:

@@ -7,6 +7,8 @@ and so on; `read_rollouts` reads them all. One line, for a two-token answer to a
      "behavior_logprobs": [0.0, 0.0, 0.0, -0.10536, -1.20397], "versions": [-1, -1, -1, 6, 6],
      "reward": 1.0, "finish_reason": "stop", "temperature": 1.0, "text": "34<end>"}
 
+An episode with more to tell also has `raw_reward`, `step_rewards` as pairs of a place in the list
+of tokens and a reward, `metrics`, and `sample`, which the parts of one conversation share.
 `version` is the training step that consumed it, counted as in metrics.jsonl. Rows whose episode
 was rejected, failed or given up as too old are in `lost.jsonl`, `lost.rank1.jsonl`, ..., each with
 its reason, so that every row of the order is either in a step or explained. A group that had
@@ -31,7 +33,7 @@ class Decoder(Protocol):
     def decode(self, token_ids: list[int], /) -> Any: ...
 
 
-class RolloutLine(msgspec.Struct):
+class RolloutLine(msgspec.Struct, omit_defaults=True):
     """One trajectory as it is written; index t of each list holds facts about token t."""
 
     version: int
@@ -44,6 +46,10 @@ class RolloutLine(msgspec.Struct):
     finish_reason: str
     temperature: float
     text: str | None
+    raw_reward: float | None = None
+    step_rewards: tuple[tuple[int, float], ...] = ()
+    metrics: dict[str, float] = {}
+    sample: int = -1
 
 
 class LostLine(msgspec.Struct, omit_defaults=True):
@@ -119,6 +125,10 @@ class RolloutLog:
             finish_reason=trajectory.finish_reason,
             temperature=trajectory.temperature,
             text=self._text(trajectory),
+            raw_reward=trajectory.raw_reward,
+            step_rewards=trajectory.step_rewards,
+            metrics=trajectory.metrics,
+            sample=trajectory.sample,
         )
 
     def _text(self, trajectory: Trajectory) -> str | None:

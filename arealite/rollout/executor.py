@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from numbers import Real
 from pathlib import Path
 from statistics import fmean
-from typing import Self
+from typing import Self, cast
 
 import arealite
 from arealite import background, dist
@@ -43,6 +43,8 @@ from arealite.errors import (
     first_cause,
 )
 from arealite.rollout.admission import Admission, Order, Ticket, merge_cursors
+from arealite.rollout.transcript import flattened
+from arealite.rollout.witness import Witness
 from arealite.types import Cursor, LostRow, Row, Trajectory
 from arealite.waits import note_cut_waits, report, waiting
 
@@ -356,9 +358,10 @@ async def run_episode(
         DeadlineError: it took longer than `timeout_s`; the message shows where it was.
     """
     cut_waits = note_cut_waits()
+    witness = Witness(engine)
     try:
         async with asyncio.timeout(timeout_s) as limit:
-            group = await _started(workflow, engine, row)
+            group = await _started(workflow, cast(InferenceEngine, witness), row)
     except GeneratorExit:
         raise
     except asyncio.CancelledError as error:
@@ -378,7 +381,7 @@ async def run_episode(
         if not isinstance(cause, Exception):
             cause = error_of_ours("The episode", cause)
         raise cause from cause.__cause__
-    return None if group is None else check_group(group, workflow, version=engine.version)
+    return None if group is None else check_group(group, workflow, witness)
 
 
 def _started(
@@ -475,12 +478,9 @@ def raise_on_all_ranks(failure: BaseException | None) -> None:
 
 
 def check_group(
-    group: list[Trajectory], workflow: RolloutWorkflow, *, version: int
+    group: list[Trajectory], workflow: RolloutWorkflow, witness: Witness
 ) -> list[Trajectory]:
-    """The group, if each trajectory's fields fit together.
-
-    Args:
-        version: of the engine; no token is of weights beyond the update that may be under way.
+    """The group, if each trajectory's fields fit together, and the engine sampled what they say.
 
     Raises:
         TrajectoryError: naming the workflow and the field.
@@ -496,8 +496,11 @@ def check_group(
         raise TrajectoryError(
             f"{name} returned {what}. Return a list of Trajectory, or None to reject the row."
         )
+    if any(trajectory.earlier for trajectory in group):
+        group = flattened(group)
     for trajectory in group:
-        if problem := problem_with(trajectory, version):
+        problem = problem_with(trajectory, witness.version) or witness.problem_with(trajectory)
+        if problem:
             raise TrajectoryError(
                 f"{name} returned {problem}. Build trajectories with Transcript, which keeps "
                 "tokens, masks, log-probs and versions aligned."
@@ -506,7 +509,11 @@ def check_group(
 
 
 def problem_with(trajectory: Trajectory, version: int) -> str:
-    """What is wrong with the fields of a trajectory; empty if nothing is."""
+    """What is wrong with the fields of a trajectory; empty if nothing is.
+
+    Args:
+        version: of the engine; no token is of weights beyond the update that may be under way.
+    """
     length = len(trajectory.token_ids)
     for field in ("loss_mask", "behavior_logprobs", "versions"):
         if len(getattr(trajectory, field)) != length:

@@ -5,22 +5,24 @@
     new message -> rendered alone -> ids   [masked]
     ...
 
-Nothing the model produced is ever tokenized again.
+Nothing the model produced is ever tokenized again. A template that rewrites what came before, as
+some drop the thoughts of earlier turns, cannot be continued like that: then what was sampled so
+far is kept as a trajectory of its own, and the conversation goes on in a new ledger, which begins
+with the rewritten text.
 """
 
 import inspect
 import itertools
+from collections.abc import Sequence
+from copy import copy
+from dataclasses import dataclass, field, fields, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from arealite.errors import DataError, TrajectoryError
+from arealite.errors import TrajectoryError
 from arealite.rewards.pool import RewardFn, score
+from arealite.rollout.chat_template import ChatTemplate, Message, check_readable
 from arealite.types import ModelRequest, ModelResponse, Row, SamplingParams, Trajectory
-
-Message = dict[str, str]
-
-# A message that no template rewrites, to find out what a template puts behind an answer.
-_PROBE = "arealite-probe"
 
 _next_conversation = itertools.count()
 
@@ -29,147 +31,339 @@ class Transcript:
     """One conversation, from its first messages to a finished `Trajectory`.
 
     Args:
+        template: how messages become tokens; a tokenizer stands for its template without tools.
+        messages: what the conversation begins with, as in OpenAI's API.
         reward_timeout_s: limit of the reward in seconds; None: that of the pool, 15.
     """
 
     def __init__(
         self,
-        tokenizer: PreTrainedTokenizerBase,
-        messages: list[Message],
+        template: ChatTemplate | PreTrainedTokenizerBase,
+        messages: Sequence[Message],
         *,
         reward_timeout_s: float | None = None,
     ) -> None:
-        self._tokenizer = tokenizer
+        is_template = isinstance(template, ChatTemplate)
+        self._template = template if is_template else ChatTemplate(template)
         self._reward_timeout_s = reward_timeout_s
         self._conversation = next(_next_conversation)
-        self._reply: ModelResponse | None = None
-        self._temperature: float | None = None
-        text = _render(tokenizer, messages)
-        self._token_ids: list[int] = _encode(tokenizer, text)
-        _check_readable(tokenizer, text, self._token_ids)
-        self._loss_mask = [False] * len(self._token_ids)
-        self._behavior_logprobs = [0.0] * len(self._token_ids)
-        self._versions = [-1] * len(self._token_ids)
+        self._messages, self._rendered = list(messages), list(messages)
+        self._open_request: ModelRequest | None = None
+        self._decoded: tuple[ModelResponse | None, str] = (None, "")  # the latest
+        self._earlier: list[_Ledger] = []
+        self._forks: list[str] = []
+        self._asked = self._template.render(messages)  # the text that the ledger was rendered from
+        self._ledger = _Ledger()
+        self._ledger.add_context(self._template.encode(self._asked))
+        self._answered = self._ledger  # with the last response; another one if a fork follows it
+        check_readable(self._template, self._asked, self._ledger.token_ids)
+
+    @property
+    def forks(self) -> list[str]:
+        """Why a new ledger was begun, each time that one was."""
+        return list(self._forks)
+
+    @property
+    def messages(self) -> list[Message]:
+        """All messages so far, the policy's own included."""
+        return list(self._messages)
+
+    @property
+    def token_ids(self) -> list[int]:
+        """[L] the whole context so far, as the next request has it."""
+        return list(self._ledger.token_ids)
 
     @property
     def last_text(self) -> str:
         """The last response as text, without special tokens; empty before the first."""
-        if self._reply is None:
-            return ""
-        return str(self._tokenizer.decode(self._reply.token_ids, skip_special_tokens=True))
+        reply = self._answered.reply
+        return self.text_of(reply) if reply else ""
+
+    @property
+    def prompt_text(self) -> str:
+        """The conversation as text up to where the next response begins."""
+        return self._template.plain(self._asked)
+
+    @property
+    def num_turns(self) -> int:
+        """Responses of the policy so far."""
+        return sum(ledger.num_turns for ledger in (*self._earlier, self._answered))
+
+    def text_of(self, response: ModelResponse) -> str:
+        """A response as text, without special tokens."""
+        known, text = self._decoded
+        if response is not known:
+            decode = self._template.tokenizer.decode
+            text = str(decode(response.token_ids, skip_special_tokens=True))
+            self._decoded = (response, text)
+        return text
 
     def request(self, sampling: SamplingParams) -> ModelRequest:
         """The whole conversation so far, as the next thing to ask the engine."""
-        if self._temperature not in (None, sampling.temperature):
+        temperature = self._ledger.temperature
+        if temperature not in (None, sampling.temperature):
             raise TrajectoryError(
-                f"One conversation was sampled at temperature {self._temperature} and then at "
+                f"One conversation was sampled at temperature {temperature} and then at "
                 f"{sampling.temperature}; the trainer applies one per trajectory."
             )
-        self._temperature = sampling.temperature
-        return ModelRequest(
-            token_ids=list(self._token_ids), sampling=sampling, conversation=self._conversation
+        self._open_request = ModelRequest(
+            token_ids=self.token_ids, sampling=sampling, conversation=self._conversation
         )
+        return self._open_request
 
-    def add_response(self, response: ModelResponse) -> None:
-        """Append what the policy sampled; these are the tokens to train on."""
+    def add_response(self, response: ModelResponse, message: Message | None = None) -> None:
+        """Append what the policy sampled; these are the tokens to train on.
+
+        Args:
+            response: what the engine answered to the last `request`, and nothing else.
+            message: how it reads, such as with its tool calls parsed; by default its text.
+
+        Raises:
+            TrajectoryError: it answers another request, or none, so that nobody knows whether the
+                policy has sampled it here.
+        """
         if inspect.isawaitable(response):
             raise TrajectoryError(
                 "add_response got a coroutine. Put `await` before engine.agenerate(...)."
             )
+        if self._open_request is None or response.request is not self._open_request:
+            raise TrajectoryError(
+                "add_response takes what engine.agenerate answered to the last request of this "
+                "conversation, once. Whatever else there is to say goes to add_message."
+            )
+        self._ledger.add_response(response)
+        if self._ledger is not self._answered:
+            self._earlier.append(self._answered)
+        self._answered = self._ledger
+        self._open_request = None
+        text: Message = {"role": "assistant", "content": self.text_of(response)}
+        self._messages.append(message or text)
+        is_expressed = message is not None and self._template.expresses(message)
+        self._rendered.append(message if is_expressed and message else text)
+        self._answered.asked, self._answered.answer = self._asked, self._rendered[-1]
+
+    def add_message(self, role: str, content: str) -> None:
+        """Append a message that the policy did not write, such as a tool's result."""
+        self.add_messages([{"role": role, "content": content}])
+
+    def add_messages(self, messages: Sequence[Message]) -> None:
+        """Append messages that the policy did not write, all together or one after the other.
+
+        Raises:
+            TrajectoryError: the template refuses them.
+        """
+        answered = self._answered
+        if answered.reply is None:
+            raise TrajectoryError("add_message comes after a response; start with all messages.")
+        text = self._template.render([*self._rendered, *messages])
+        end, reason = self._end_of_answer(text)
+        if self._ledger is not answered:
+            self._forks.pop()
+        answered.cut_to_response()  # what was added behind it is in the text once more
+        if reason:
+            self._forks.append(reason)
+            self._ledger = _Ledger()
+            self._ledger.add_context(self._template.encode(text))
+        else:
+            answered.add_suffix(self._template.encode(text[end:]))
+            self._ledger = answered
+        self._asked = text
+        self._open_request = None
+        self._messages += messages
+        self._rendered += messages
+
+    def add_step_reward(
+        self, reward: float, *, end: int | None = None, response: ModelResponse | None = None
+    ) -> None:
+        """Reward a step of a response, beside the reward of the whole; the latest word counts.
+
+        Args:
+            end: number of tokens of the response after which the step ends; None: all of them.
+            response: which one; None: the last.
+        """
+        for ledger in (self._answered, *reversed(self._earlier)):
+            for start, known in reversed(ledger.replies):
+                if response is None or response is known:
+                    ledger.add_step_reward(reward, start, known, end)
+                    return
+        raise TrajectoryError("A step reward is for a response of this conversation.")
+
+    def branch(self, *, is_trained: bool) -> "Transcript":
+        """A copy that goes on from here in its own way.
+
+        Args:
+            is_trained: keep what was sampled so far among the tokens to train on. Of several
+                branches one does, so that each token is trained on once.
+        """
+        branch = copy(self)
+        branch._open_request = None  # whose answer is for this conversation alone
+        branch._messages, branch._rendered = list(self._messages), list(self._rendered)
+        branch._forks = self.forks if is_trained else []
+        branch._earlier = [each.copy(is_trained=True) for each in self._earlier if is_trained]
+        branch._answered = self._answered.copy(is_trained=is_trained)
+        is_forked = self._ledger is not self._answered
+        branch._ledger = self._ledger.copy(is_trained=True) if is_forked else branch._answered
+        return branch
+
+    async def finish(
+        self,
+        reward: RewardFn | float,
+        row: Row | None = None,
+        *,
+        raw_reward: float | None = None,
+        metrics: dict[str, float] | None = None,
+    ) -> Trajectory:
+        """The trajectory, with the reward of the last response.
+
+        Args:
+            reward: a number; or a function: a `def` runs in a worker process that can be killed,
+                an `async def` on this loop, with a deadline.
+            row: what the function is given beside the text.
+            raw_reward: before any shaping, to be logged beside it; None: the same.
+            metrics: of this episode, averaged into `rollout/NAME`; beside its own `turns`.
+
+        Raises:
+            RewardError: it gave no number.
+        """
+        if self._answered.reply is None:
+            raise TrajectoryError("finish comes after at least one request and its response.")
+        value = await self.score(reward, row or {}) if callable(reward) else float(reward)
+        ledgers = [each for each in (*self._earlier, self._answered) if any(each.loss_mask)]
+        *earlier, last = [
+            ledger.trajectory(value, value if raw_reward is None else raw_reward)
+            for ledger in ledgers or [self._answered]
+        ]
+        metrics = {"turns": float(self.num_turns)} | (metrics or {})
+        return replace(last, metrics=metrics, earlier=tuple(earlier))
+
+    async def score(self, reward: RewardFn, row: Row) -> float:
+        """What the reward function says of the last response."""
+        return await score(reward, self.last_text, row, timeout_s=self._reward_timeout_s)
+
+    def _end_of_answer(self, text: str) -> tuple[int, str]:
+        """Where the last answer ends in a rendering of the conversation that goes on behind it.
+
+        Or, as the second value, why that rendering is not the ledger with something behind it.
+        """
+        asked, answer = self._answered.asked, self._answered.answer
+        if not text.startswith(asked):
+            return 0, "the template rewrites what was before the answer"
+        end = self._template.end_of_answer(text, len(asked))
+        if end < 0:
+            return 0, "the template puts nothing behind an answer that tells where it ends"
+        rendered = _squeezed(self._template.plain(text[len(asked) : end]))
+        if calls := answer.get("tool_calls"):  # which a template spells in its own way
+            names = [call["function"]["name"] for call in calls]
+            parts = [answer.get("reasoning_content") or "", answer.get("content") or "", *names]
+            is_same = all(_squeezed(part) in rendered for part in parts)
+        else:
+            is_same = rendered == _squeezed(self.last_text)
+        return end, "" if is_same else "the template rewrites the answer"
+
+
+@dataclass(kw_only=True, slots=True)
+class _Ledger:
+    """Tokens and what is known of each; L tokens so far."""
+
+    token_ids: list[int] = field(default_factory=list)  # [L]
+    loss_mask: list[bool] = field(default_factory=list)  # [L]
+    behavior_logprobs: list[float] = field(default_factory=list)  # [L]
+    versions: list[int] = field(default_factory=list)  # [L]
+    step_rewards: dict[int, float] = field(default_factory=dict)  # by the last token of a step
+    replies: list[tuple[int, ModelResponse]] = field(default_factory=list)  # where each begins
+    num_turns: int = 0
+    asked: str = ""  # text of all before the last response, as the template had rendered it
+    answer: Message = field(default_factory=dict)  # the last response, as the template renders it
+
+    @property
+    def reply(self) -> ModelResponse | None:
+        """The last response."""
+        return self.replies[-1][1] if self.replies else None
+
+    @property
+    def temperature(self) -> float | None:
+        """That the tokens were sampled at."""
+        request = self.reply.request if self.reply else None
+        return request.sampling.temperature if request else None
+
+    def add_context(self, token_ids: Sequence[int]) -> None:
+        """Append tokens that the policy did not sample."""
+        self.token_ids += token_ids
+        self._mask(len(token_ids))
+
+    def add_response(self, response: ModelResponse) -> None:
         length = len(response.token_ids)
         if not length == len(response.behavior_logprobs) == len(response.versions):
             raise TrajectoryError(
                 f"A response has {length} tokens, {len(response.behavior_logprobs)} log-probs and "
                 f"{len(response.versions)} versions. An InferenceEngine returns one of each."
             )
-        self._reply = response
-        self._token_ids += response.token_ids
-        self._loss_mask += [True] * length
-        self._behavior_logprobs += response.behavior_logprobs
-        self._versions += response.versions
+        self.replies.append((len(self.token_ids), response))
+        self.num_turns += 1
+        self.token_ids += response.token_ids
+        self.loss_mask += [True] * length
+        self.behavior_logprobs += response.behavior_logprobs
+        self.versions += response.versions
 
-    def add_message(self, role: str, content: str) -> None:
-        """Append a message that the policy did not write, such as a tool's result.
+    def cut_to_response(self) -> None:
+        """Take away what was added behind the last response."""
+        start, response = self.replies[-1]
+        end = start + len(response.token_ids)
+        for values in (self.token_ids, self.loss_mask, self.behavior_logprobs, self.versions):
+            del values[end:]
 
-        Raises:
-            TrajectoryError: the chat template rewrites earlier messages when one is added, so
-                that the tokens sampled so far cannot be kept.
-        """
-        if self._reply is None:
-            raise TrajectoryError("add_message comes after a response; start with all messages.")
-        suffix = _encode(self._tokenizer, self._suffix({"role": role, "content": content}))
+    def add_suffix(self, token_ids: Sequence[int]) -> None:
+        """Append what stands between the text of an answer and that of the next one."""
         # A response that ended by itself already holds the end token that the suffix begins with.
-        if self._reply.token_ids and suffix[:1] == self._reply.token_ids[-1:]:
-            suffix = suffix[1:]
-        self._token_ids += suffix
-        self._loss_mask += [False] * len(suffix)
-        self._behavior_logprobs += [0.0] * len(suffix)
-        self._versions += [-1] * len(suffix)
+        is_ended = bool(self.reply and self.reply.token_ids[-1:] == list(token_ids[:1]))
+        self.add_context(token_ids[1:] if is_ended else token_ids)
 
-    async def finish(self, reward: RewardFn, row: Row) -> Trajectory:
-        """The trajectory, with the reward of the last response.
-
-        Args:
-            reward: a `def` runs in a worker process that can be killed; an `async def` on this
-                loop, with a deadline.
-
-        Raises:
-            RewardError: it gave no number.
-        """
-        if self._reply is None or self._temperature is None:
-            raise TrajectoryError("finish comes after at least one request and its response.")
-        value = await score(reward, self.last_text, row, timeout_s=self._reward_timeout_s)
-        return Trajectory(
-            token_ids=self._token_ids,
-            loss_mask=self._loss_mask,
-            behavior_logprobs=self._behavior_logprobs,
-            versions=self._versions,
-            reward=value,
-            temperature=self._temperature,
-            finish_reason=self._reply.finish_reason,
-        )
-
-    def _suffix(self, message: Message) -> str:
-        """What the template puts between the text of an answer and that of the next one."""
-        before: list[Message] = [
-            {"role": "user", "content": _PROBE},
-            {"role": "assistant", "content": _PROBE},
-        ]
-        earlier = _render(self._tokenizer, before, is_open=False)
-        text = _render(self._tokenizer, [*before, message])
-        if not text.startswith(earlier):
+    def add_step_reward(
+        self, reward: float, start: int, response: ModelResponse, end: int | None
+    ) -> None:
+        length = len(response.token_ids)
+        if not 1 <= (length if end is None else end) <= length:
             raise TrajectoryError(
-                f"The chat template of {self._tokenizer.name_or_path} changes earlier messages "
-                "when one is added, so a conversation cannot be continued token for token. Use "
-                "one request per trajectory, or a template that only appends."
+                f"A step that ends after {end} tokens is not one of a response of {length} tokens."
             )
-        return text[earlier.rindex(_PROBE) + len(_PROBE) :]
+        self.step_rewards[start + (length if end is None else end) - 1] = float(reward)
 
+    def copy(self, *, is_trained: bool) -> "_Ledger":
+        """The same tokens; unless they are to be trained on, as context alone."""
+        if is_trained:
+            return _Ledger(**{each.name: copy(getattr(self, each.name)) for each in fields(self)})
+        ledger = _Ledger(replies=list(self.replies), asked=self.asked, answer=self.answer)
+        ledger.add_context(self.token_ids)
+        return ledger
 
-def _render(
-    tokenizer: PreTrainedTokenizerBase, messages: list[Message], *, is_open: bool = True
-) -> str:
-    return str(
-        tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=is_open)
-    )
-
-
-def _check_readable(tokenizer: PreTrainedTokenizerBase, text: str, token_ids: list[int]) -> None:
-    """Raise DataError if more than a quarter of the words is not in the tokens.
-
-    A small vocabulary drops what it has no token for, or makes it unknown, and says nothing.
-    """
-    kept = "".join(str(tokenizer.decode(token_ids)).split()).casefold()
-    words = text.split()
-    dropped = [word for word in words if word.casefold() not in kept]
-    if len(dropped) > len(words) / 4:
-        raise DataError(
-            f"The tokenizer drops {len(dropped)} of the {len(words)} words of a prompt, such as "
-            f"{', '.join(map(repr, dropped[:3]))}: its model cannot read these rows. Set `model` "
-            "to one that can, or `dataset` to rows that it was made for."
+    def trajectory(self, reward: float, raw_reward: float) -> Trajectory:
+        assert self.reply is not None and self.temperature is not None
+        return Trajectory(
+            token_ids=list(self.token_ids),
+            loss_mask=list(self.loss_mask),
+            behavior_logprobs=list(self.behavior_logprobs),
+            versions=list(self.versions),
+            reward=reward,
+            raw_reward=raw_reward,
+            step_rewards=tuple(sorted(self.step_rewards.items())),
+            temperature=self.temperature,
+            finish_reason=self.reply.finish_reason,
         )
 
+    def _mask(self, length: int) -> None:
+        self.loss_mask += [False] * length
+        self.behavior_logprobs += [0.0] * length
+        self.versions += [-1] * length
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    # The template has already written every special token.
-    return list(tokenizer.encode(text, add_special_tokens=False))
+
+def flattened(samples: Sequence[Trajectory]) -> list[Trajectory]:
+    """The trajectories of a group, with the earlier parts of each conversation before its last."""
+    return [
+        replace(part, sample=index if sample.sample < 0 else sample.sample, earlier=())
+        for index, sample in enumerate(samples)
+        for part in (*sample.earlier, sample)
+    ]
+
+
+def _squeezed(text: str) -> str:
+    return "".join(text.split())

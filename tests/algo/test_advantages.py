@@ -1,8 +1,9 @@
 import math
+from dataclasses import replace
 
 import pytest
 
-from arealite.algo.advantages import group_advantages
+from arealite.algo.advantages import group_advantages, step_advantages
 from arealite.types import Trajectory
 
 
@@ -58,3 +59,52 @@ def test_scaling_the_reward_scales_the_advantage_only_without_the_std():
     [scaled_by_std] = group_advantages([scaled], divide_by_std=True)
     assert scaled_by_std == pytest.approx(by_std, abs=1e-5)
     assert math.fsum(by_std) == pytest.approx(0, abs=1e-12)
+
+
+def test_a_conversation_in_two_parts_counts_once_in_the_mean():
+    parts = [replace(trajectory(1.0), sample=0), replace(trajectory(1.0), sample=0)]
+    [advantages] = group_advantages([[*parts, replace(trajectory(0.0), sample=1)]])
+    assert advantages == [0.5, 0.5, -0.5]
+
+
+def steps_of(num_tokens: int, *rewards: tuple[int, float]) -> Trajectory:
+    """A prompt of one token, then this many sampled ones; rewards by place of a step's end."""
+    return replace(
+        trajectory(0.0),
+        token_ids=list(range(num_tokens + 1)),
+        loss_mask=[False] + [True] * num_tokens,
+        step_rewards=rewards,
+    )
+
+
+def test_a_token_answers_for_the_steps_that_end_with_it_or_later():
+    first = steps_of(4, (2, 1.0), (4, 0.0))
+    second = steps_of(3, (1, 0.5), (3, 0.5))
+    # The mean of 1, 0, .5 and .5 is .5, which leaves .5, -.5, 0 and 0.
+    assert step_advantages([[first, second]]) == [
+        [[0.0, 0.0, 0.0, -0.5, -0.5], [0.0, 0.0, 0.0, 0.0]]
+    ]
+
+
+def test_steps_divided_by_their_std():
+    [[first, second]] = step_advantages(
+        [[steps_of(2, (1, 1.0), (2, 1.0)), steps_of(1, (1, 0.0))]], divide_by_std=True
+    )
+    # 1, 1 and 0: mean 2/3, sample standard deviation 1/sqrt(3).
+    std = 3**-0.5
+    assert first == pytest.approx([0.0, 2 / 3 / std, 1 / 3 / std], abs=1e-5)
+    assert second == pytest.approx([0.0, -2 / 3 / std], abs=1e-5)
+
+
+def test_without_step_rewards_the_whole_is_one_step():
+    group_of_two = group(1, 0)
+    [outcome] = group_advantages([group_of_two])
+    [steps] = step_advantages([group_of_two])
+    assert [tokens[-1] for tokens in steps] == outcome
+    assert [tokens[0] for tokens in steps] == [0.0, 0.0]
+
+
+def test_parts_of_conversations_that_are_equally_good_have_no_advantage_in_units_of_their_std():
+    parts = [replace(trajectory(reward), sample=0) for reward in (0.0, 1.0)]
+    other = replace(trajectory(0.5), sample=1)
+    assert group_advantages([[*parts, other]], divide_by_std=True) == [[0.0] * 3]

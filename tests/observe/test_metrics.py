@@ -100,9 +100,22 @@ LOST = [
 ]
 
 
+def test_metrics_of_episodes_are_means_over_those_that_have_them():
+    alone, shaped = GROUPS[0][0], GROUPS[0][1]
+    group = [
+        replace(alone, metrics={"turns": 1.0}),
+        replace(shaped, metrics={"turns": 4.0, "tool_calls": 3.0}, reward=0.5, raw_reward=1.0),
+    ]
+    metrics = rollout_metrics([group], version=5)
+    assert metrics["rollout/turns"] == 2.5
+    assert metrics["rollout/tool_calls"] == 3.0
+    assert metrics["rollout/raw_reward"] == (alone.reward + 1.0) / 2
+
+
 def test_rollout_metrics_of_a_batch_computed_by_hand():
     assert rollout_metrics(GROUPS, version=5, lost=LOST) == {
         "rollout/reward": 3 / 5,
+        "rollout/raw_reward": 3 / 5,
         "rollout/response_length": 10 / 5,
         "rollout/response_length_max": 4.0,
         "rollout/truncated_share": 1 / 5,

@@ -5,11 +5,17 @@ import re
 
 import pytest
 
-from arealite.errors import RewardError
+from arealite.algo.advantages import group_advantages, step_advantages
+from arealite.errors import ConfigError, RewardError
 from arealite.rewards.math import gsm8k_reward
-from arealite.rollout.workflows import ChatWorkflow, SingleTurnWorkflow
+from arealite.rollout.workflows import (
+    ChatWorkflow,
+    MultiTurnWorkflow,
+    SingleTurnWorkflow,
+    ToolWorkflow,
+)
 from arealite.testing import ScriptedEngine, byte_tokenizer
-from arealite.types import Row, SamplingParams
+from arealite.types import Row, SamplingParams, Trajectory
 from tests.rollout.agents import CalculatorAgent
 
 ROW = {"question": "What is half of 48?", "answer": "#### 24"}
@@ -80,3 +86,138 @@ def test_a_reward_has_as_long_as_the_workflow_says():
     )
     with pytest.raises(RewardError, match=r"longer than 0.05 s \(reward_timeout_s\)"):
         asyncio.run(workflow.arun_episode(ScriptedEngine(replies=["#### 24"]), ROW))
+
+
+async def first_line(text: str, row: Row) -> float:
+    """The answer is its own grade."""
+    return float(text)
+
+
+def episode(workflow: ChatWorkflow, engine: ScriptedEngine) -> list[Trajectory]:
+    group = asyncio.run(workflow.arun_episode(engine, ROW))
+    assert group is not None
+    return group
+
+
+def said(engine: ScriptedEngine) -> str:
+    """All that the engine was asked in the end."""
+    return byte_tokenizer().decode(engine.requests[-1].token_ids)
+
+
+def test_a_second_try_is_discounted_once_and_its_raw_reward_kept():
+    workflow = MultiTurnWorkflow(
+        byte_tokenizer(), first_line, SamplingParams(), max_turns=3, turn_discount=0.5
+    )
+    [trajectory] = episode(workflow, ScriptedEngine(replies=["0", "0.25", "1"]))
+    assert trajectory.reward == 1.0 * 0.5**2
+    assert trajectory.raw_reward == 1.0
+    assert trajectory.metrics == {
+        "turns": 3.0,
+        "reward_turn_1": 0.0,
+        "reward_turn_2": 0.25,
+        "reward_turn_3": 1.0,
+    }
+
+
+def test_a_right_answer_gets_no_second_try_and_no_discount():
+    workflow = MultiTurnWorkflow(byte_tokenizer(), first_line, SamplingParams())
+    engine = ScriptedEngine(replies=["1"])
+    [trajectory] = episode(workflow, engine)
+    assert (trajectory.reward, trajectory.metrics) == (1.0, {"turns": 1.0, "reward_turn_1": 1.0})
+
+
+def test_feedback_may_depend_on_the_answer_and_the_row():
+    workflow = MultiTurnWorkflow(
+        byte_tokenizer(),
+        first_line,
+        SamplingParams(),
+        feedback=lambda text, row: f"{text} is not half of {row['question'][-3:-1]}.",
+    )
+    engine = ScriptedEngine(replies=["0.5", "1"])
+    episode(workflow, engine)
+    assert "<|im_start|>user\n0.5 is not half of 48.<|im_end|>" in said(engine)
+
+
+def test_turns_may_be_rewarded_each():
+    workflow = MultiTurnWorkflow(
+        byte_tokenizer(), first_line, SamplingParams(), rewards_turns=True, turn_discount=1.0
+    )
+    [trajectory] = episode(workflow, ScriptedEngine(replies=["0.25", "1"]))
+    assert [reward for _, reward in trajectory.step_rewards] == [0.25, 1.0]
+    # Less their mean, .625: -.375 for the first turn and .375 for the second.
+    [[advantages]] = step_advantages([[trajectory]])
+    first, last = trajectory.loss_mask.index(True), trajectory.step_rewards[-1][0]
+    assert (advantages[first], advantages[last]) == (0.0, 0.375)
+
+
+@pytest.mark.parametrize("workflow", [MultiTurnWorkflow, ToolWorkflow])
+def test_a_conversation_has_at_least_one_turn(workflow: type):
+    tools = {"tools": []} if workflow is ToolWorkflow else {}
+    with pytest.raises(ConfigError, match="max_turns=0 must be at least 1"):
+        workflow(byte_tokenizer(), first_line, SamplingParams(), max_turns=0, **tools)
+
+
+def half(number: int) -> float:
+    """Divide by two.
+
+    Args:
+        number: What to divide.
+    """
+    return number / 2
+
+
+CALL = '<tool_call>{"name": "half", "arguments": {"number": 48}}</tool_call>'
+
+
+def with_tool(**settings: int) -> ToolWorkflow:
+    return ToolWorkflow(
+        byte_tokenizer(),
+        gsm8k_reward,
+        SamplingParams(),
+        tools=[half],
+        call_format="hermes",
+        **settings,
+    )
+
+
+def test_a_tool_is_called_until_an_answer_calls_nothing():
+    engine = ScriptedEngine(replies=[CALL, CALL + CALL, "#### 24"])
+    [trajectory] = episode(with_tool(), engine)
+    assert said(engine).count("<|im_start|>tool\n24.0<|im_end|>") == 3
+    assert trajectory.reward == 1.0
+    assert trajectory.metrics == {"turns": 3.0, "tool_calls": 3.0}
+
+
+def test_calls_without_an_answer_end_with_the_last_turn():
+    engine = ScriptedEngine(replies=[CALL] * 2)
+    [trajectory] = episode(with_tool(max_turns=2), engine)
+    assert trajectory.reward == 0.0
+    assert trajectory.metrics == {"turns": 2.0, "tool_calls": 1.0}
+
+
+def test_a_conversation_that_fills_the_context_ends_where_it_is():
+    engine = ScriptedEngine(replies=[CALL] * 9, max_model_len=400)
+    [trajectory] = episode(with_tool(max_turns=9), engine)
+    assert trajectory.finish_reason == "context"
+    assert trajectory.metrics["turns"] < 9
+
+
+REWRITES = (
+    "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}<|im_end|>"
+    "{% endif %}{% endfor %}"
+)
+
+
+def test_parts_of_a_conversation_whose_template_forgets_are_all_in_the_group():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = REWRITES
+    workflow = MultiTurnWorkflow(tokenizer, first_line, SamplingParams(), group_size=2)
+    engine = ScriptedEngine(replies=lambda text: "1" if "again" in text else "0")
+    group = episode(workflow, engine)
+    assert [trajectory.sample for trajectory in group] == [0, 0, 1, 1]
+    assert [tokenizer.decode(trajectory.token_ids)[-11:] for trajectory in group] == [
+        "0<|im_end|>",
+        "1<|im_end|>",
+    ] * 2
+    assert group_advantages([group]) == [[0.0] * 4]
+    assert group[0].metrics == {}
