@@ -521,10 +521,12 @@ def test_a_config_is_logged_as_plain_values_by_dotted_key():
         "sampling.temperature": 1.0,
         "sampling.top_p": 1.0,
         "sampling.max_new_tokens": 64,
+        "sampling.stop": [],
         "sampling.ignore_eos": False,
         "eval_sampling.temperature": 0.0,
         "eval_sampling.top_p": 1.0,
         "eval_sampling.max_new_tokens": 256,
+        "eval_sampling.stop": [],
         "eval_sampling.ignore_eos": False,
         "train.lr": 1e-4,
         "train.betas": [0.9, 0.999],
@@ -559,7 +561,7 @@ def test_help_lists_every_knob_with_type_default_and_meaning(capsys):
     ):
         start = lines.index(expected[0])
         assert lines[start : start + len(expected)] == expected
-    assert sum(line.startswith("  ") and line[2] != " " for line in lines) == 19
+    assert sum(line.startswith("  ") and line[2] != " " for line in lines) == 21
 
 
 def test_help_works_for_a_class_without_source_or_docstring(capsys):

@@ -17,13 +17,14 @@ from collections import deque
 from collections.abc import Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from arealite import dist
-from arealite.data.models import resolve_model
+from arealite.data.models import load_tokenizer, resolve_model
 from arealite.errors import (
     ArealiteError,
     ConfigError,
@@ -74,6 +75,7 @@ class HFEngine:
     ) -> None:
         _check_settings(kv, max_running)
         self.version = -1
+        self._name = model
         self._device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self._model = _load_model(model, dtype).to(self._device)  # type: ignore[arg-type]
         self._end_token_ids = _end_token_ids(self._model)
@@ -112,7 +114,7 @@ class HFEngine:
             TrajectoryError: the model's logits are not numbers.
         """
         prompt = list(request.token_ids)
-        sequence = _Sequence(context=prompt, sampling=request.sampling, room=self._room(prompt))
+        sequence = _Sequence(request=request, context=prompt, room=self._room(prompt))
         with self._turn:
             if self._ending is not None:
                 raise ServerError(f"{self._ending} Make a new one.") from self._ending
@@ -267,33 +269,55 @@ class HFEngine:
     def _finish_reason(self, sequence: "_Sequence") -> FinishReason | None:
         """Why the last token is the last; None if it is not."""
         length = len(sequence.versions)
-        if sequence.context[-1] in self._end_token_ids:
+        if sequence.context[-1] in self._end_token_ids or self._has_stop_text(sequence):
             return "stop"
         if length == sequence.sampling.max_new_tokens:
             return "length"
         return "context" if length == sequence.room else None
+
+    def _has_stop_text(self, sequence: "_Sequence") -> bool:
+        """Whether one of its stop texts has just been completed."""
+        stop = sequence.sampling.stop
+        if not stop:
+            return False
+        reach = 4 * max(map(len, stop))  # a character is at most four tokens of a byte each
+        latest = str(self._tokenizer.decode(sequence.sampled[-reach:], skip_special_tokens=True))
+        return any(text in latest for text in stop)
+
+    @cached_property
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self._name)  # only who sets stop texts needs it
 
 
 @dataclass(kw_only=True, slots=True, eq=False)
 class _Sequence:
     """One request, and what has been sampled for it so far."""
 
+    request: ModelRequest
     context: list[int]  # the prompt, and behind it the L tokens that were sampled
-    sampling: SamplingParams
     room: int  # tokens that the model's context has behind the prompt
     outcome: Future[ModelResponse] = field(default_factory=Future)
     behavior_logprobs: list[float] = field(default_factory=list)  # [L]
     versions: list[int] = field(default_factory=list)  # [L]
+
+    @property
+    def sampling(self) -> SamplingParams:
+        return self.request.sampling
+
+    @property
+    def sampled(self) -> list[int]:
+        return self.context[len(self.context) - len(self.versions) :]
 
     def answer(self, finish_reason: FinishReason) -> None:
         """Give the response to whoever still awaits it."""
         if self.outcome.set_running_or_notify_cancel():
             self.outcome.set_result(
                 ModelResponse(
-                    token_ids=self.context[len(self.context) - len(self.versions) :],
+                    token_ids=self.sampled,
                     behavior_logprobs=self.behavior_logprobs,
                     versions=self.versions,
                     finish_reason=finish_reason,
+                    request=self.request,
                 )
             )
 

@@ -201,8 +201,8 @@ class VLLMEngine:
         budget = min(request.sampling.max_new_tokens, room)
         response = await self._generate(request, budget)
         if response.finish_reason == "length" and budget < request.sampling.max_new_tokens:
-            return replace(response, finish_reason="context")
-        return response
+            return replace(response, finish_reason="context", request=request)
+        return replace(response, request=request)
 
     def pause(self) -> None:
         """Stop the servers for an update, in the way of `server.interrupt`; once is enough.
@@ -562,7 +562,8 @@ def _generate_body(request: ModelRequest, budget: int) -> dict[str, Any]:
             "max_tokens": budget,
             "ignore_eos": sampling.ignore_eos,
             "logprobs": 0,
-            "detokenize": False,
+            "stop": sampling.stop,
+            "detokenize": bool(sampling.stop),
         },
     }
 

@@ -70,7 +70,7 @@ class ScriptedEngine:
                 "ScriptedEngine."
             )
         self.requests.append(request)
-        reply = self._encode(self._reply(request.token_ids))
+        reply = self._encode(self._reply(request.token_ids), request.sampling.stop)
         token_ids = reply[: min(request.sampling.max_new_tokens, room)]
         finish_reason: FinishReason = "stop"
         if len(token_ids) < len(reply):
@@ -80,6 +80,7 @@ class ScriptedEngine:
             behavior_logprobs=[-0.5] * len(token_ids),
             versions=[await self._sample_token() for _ in token_ids],
             finish_reason=finish_reason,
+            request=request,
         )
 
     def pause(self) -> None:
@@ -119,8 +120,12 @@ class ScriptedEngine:
                 self._frozen.append((asyncio.get_running_loop(), resumed))
             await resumed.wait()
 
-    def _encode(self, text: str) -> list[int]:
+    def _encode(self, text: str, stop: tuple[str, ...]) -> list[int]:
+        ends = [text.index(end) + len(end) for end in stop if end in text]
+        text = text[: min(ends, default=None)]
         token_ids = list(self._tokenizer.encode(text, add_special_tokens=False))
+        if ends:
+            return token_ids
         return [*token_ids, int(self._tokenizer.eos_token_id)]  # type: ignore[arg-type]
 
     def _reply(self, conversation: list[int]) -> str:

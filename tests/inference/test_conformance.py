@@ -101,6 +101,42 @@ def test_the_finish_reason_is_stop_at_an_end_token_and_length_without_one(
     assert {response.finish_reason for response in responses} == {"stop", "length"}
 
 
+def test_a_response_ends_behind_the_first_of_its_stop_texts(
+    any_engine: InferenceEngine, weights: Weights, tiny_model: str
+):
+    push(any_engine, weights, 0)
+    tokenizer = load_tokenizer(tiny_model)
+    stop = ("o", "7", "e", " s")  # a random model says one of them sooner or later
+    sampling = SamplingParams(max_new_tokens=200, stop=stop)
+    stopped = 0
+    # A server that is asked with half a character at the end sees the other half as its own text.
+    prompts = [tokenizer.encode(f"What is {number} + 2?\n") for number in range(24)]
+    for response in generate(any_engine, prompts, sampling):
+        *before, text = [
+            tokenizer.decode(response.token_ids[:end], skip_special_tokens=True)
+            for end in range(len(response.token_ids) + 1)
+        ]
+        length = len(response.token_ids)
+        assert length == len(response.behavior_logprobs) == len(response.versions)
+        assert not any(end in part for part in before for end in stop)
+        if any(text.endswith(end) for end in stop):
+            assert response.finish_reason == "stop"
+            stopped += 1
+        else:
+            assert response.token_ids[-1] == tokenizer.eos_token_id or length == 200
+    assert stopped >= 12
+
+
+def test_log_probs_of_a_response_that_a_text_ended_are_those_of_the_model(
+    model_engine: InferenceEngine, weights: Weights, tiny_model: str
+):
+    push(model_engine, weights, 0)
+    prompts = make_prompts(16, seed=4)
+    sampling = SamplingParams(max_new_tokens=64, stop=("a", "1", "\u00e9"))
+    responses = generate(model_engine, prompts, sampling)
+    assert gap(Reference(tiny_model), {0: weights}, prompts, responses, 1.0) <= LIMIT
+
+
 def test_greedy_repeats_itself(any_engine: InferenceEngine, weights: Weights):
     push(any_engine, weights, 5)
     sampling = SamplingParams(max_new_tokens=16).greedy()
