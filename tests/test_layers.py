@@ -32,7 +32,7 @@ import json, importlib, logging, os, pkgutil, sys
 environment = dict(os.environ)
 import arealite
 for module in pkgutil.walk_packages(arealite.__path__, "arealite."):
-    if not module.name.endswith((".vllm_worker", ".vllm_transport")):
+    if not module.name.endswith((".vllm_worker", ".vllm_transport", ".sandbox.child")):
         importlib.import_module(module.name)
 import torch.distributed
 print(json.dumps({
