@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from arealite.inference.server import ServerConfig, serve
 from arealite.observe.metrics import read_metrics
 from arealite.observe.summary import final_figures, summarize
-from arealite.rollout.workflows import SingleTurnWorkflow
+from arealite.rollout.workflows import ChatWorkflow, SingleTurnWorkflow
 from arealite.types import Row, Trajectory
 from recipes import gsm8k_grpo
 
@@ -64,16 +64,19 @@ def changed(control: str) -> Iterator[None]:
         with patch.object(gsm8k_grpo, "group_advantages", shuffled_advantages):
             yield
     elif control in rewards:
-        with patch.object(gsm8k_grpo, "SingleTurnWorkflow", rewarding(rewards[control])):
+        workflow = rewarding(SingleTurnWorkflow, rewards[control])
+        with patch.object(gsm8k_grpo, "SingleTurnWorkflow", workflow):
             yield
     else:
         yield
 
 
-def rewarding(reward: Callable[[str, Row], float]) -> type[SingleTurnWorkflow]:
-    """A workflow that trains on this reward and evaluates with the one it is given."""
+def rewarding(
+    workflow: type[ChatWorkflow], reward: Callable[[str, Row], float]
+) -> type[ChatWorkflow]:
+    """The workflow, training on this reward and evaluating with the one it is given."""
 
-    class Rewarding(SingleTurnWorkflow):
+    class Rewarding(workflow):
         def __init__(self, *args: object, **kwargs: object) -> None:
             super().__init__(*args, **kwargs)  # type: ignore[arg-type]
             if self.group_size > 1:

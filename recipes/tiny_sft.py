@@ -11,8 +11,11 @@ expected figures: recipes/README.md#tiny-sft.
 import json
 import random
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -24,6 +27,8 @@ from arealite.config import parse
 from arealite.data import generate_problems, load_rows
 from arealite.data.tiny_model import tiny_config, tiny_tokenizer, write_model_folder
 from arealite.types import Row
+
+Example = TypeVar("Example")
 
 # N sequences in a batch, L tokens in the longest of them, V tokens in the vocabulary.
 
@@ -92,9 +97,13 @@ def sft_loss(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, rows: list[Row]
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
 
 
-def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, cfg: Config) -> float:
-    """Train in place; the mean loss of the last 20 steps comes back."""
-    rows = training_rows(cfg)
+def train(
+    model: Qwen2ForCausalLM,
+    examples: list[Example],
+    loss_of: Callable[[list[Example]], torch.Tensor],
+    cfg: Config,
+) -> float:
+    """Train in place, on each example once; the mean loss of the last 20 steps comes back."""
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=cfg.lr, betas=(0.9, 0.95), weight_decay=cfg.weight_decay
     )
@@ -105,7 +114,7 @@ def train(model: Qwen2ForCausalLM, tokenizer: Qwen2Tokenizer, cfg: Config) -> fl
     losses: list[float] = []
     started = time.monotonic()
     for step in range(cfg.steps):
-        loss = sft_loss(model, tokenizer, rows[step * cfg.batch_size : (step + 1) * cfg.batch_size])
+        loss = loss_of(examples[step * cfg.batch_size : (step + 1) * cfg.batch_size])
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -165,7 +174,7 @@ def main(cfg: Config) -> dict[str, float]:
     test_rows = load_rows("arealite/gsm8k-mini", split="test")
 
     started = time.monotonic()
-    loss = train(model, tokenizer, cfg)
+    loss = train(model, training_rows(cfg), partial(sft_loss, model, tokenizer), cfg)
     train_s = time.monotonic() - started
 
     model.eval().bfloat16()  # before the evaluation, because servers round as well

@@ -1,13 +1,16 @@
 """Rows, their order, and the model and tokenizer they are for."""
 
 from arealite.data.gsm8k_mini import generate_problems
-from arealite.data.models import TINY_MATH, load_tokenizer, resolve_model
+from arealite.data.models import TINY_AGENT, TINY_MATH, load_tokenizer, resolve_model
 from arealite.data.order import RowOrder
-from arealite.data.rows import GSM8K_MINI, load_rows
+from arealite.data.rows import GSM8K_LARGE, GSM8K_MINI, TINY_PROGRAMS, load_rows
 
 __all__ = [
+    "GSM8K_LARGE",
     "GSM8K_MINI",
+    "TINY_AGENT",
     "TINY_MATH",
+    "TINY_PROGRAMS",
     "RowOrder",
     "generate_problems",
     "load_rows",

@@ -30,16 +30,27 @@ _TEST_SEED, _NUM_TEST = 0, 200
 _TRAIN_SEED, _NUM_TRAIN = 1, 8_000
 
 
-def generate_problems(count: int, *, seed: int, exclude: Collection[str] = ()) -> list[Row]:
+def generate_problems(
+    count: int,
+    *,
+    seed: int,
+    exclude: Collection[str] = (),
+    smallest: int = 1,
+    largest: int = 9,
+) -> list[Row]:
     """`count` rows with `question` and `answer`; no question twice, none that is in `exclude`.
 
     The same arguments give the same rows on every machine; a larger `count` only adds rows.
+
+    Args:
+        smallest: the least that is found or given away.
+        largest: the most that somebody has at first, or finds.
     """
     source = random.Random(f"gsm8k-mini {seed}")
     taken = set(exclude)
     rows: list[Row] = []
     while len(rows) < count:
-        row = _problem(source)
+        row = _problem(source, smallest, largest)
         if row["question"] not in taken:
             taken.add(row["question"])
             rows.append(row)
@@ -62,14 +73,14 @@ def test_problems() -> list[Row]:
     return generate_problems(_NUM_TEST, seed=_TEST_SEED)
 
 
-def _problem(source: random.Random) -> Row:
+def _problem(source: random.Random, smallest: int, largest: int) -> Row:
     name, other = source.sample(NAMES, 2)
     thing = source.choice(THINGS)
-    total = source.randint(2, 9)
+    total = source.randint(smallest + 1, largest)
     sentences = [f"Today {name} {source.choice(STARTS)} {total} {thing}."]
     steps: list[str] = []
     for _ in range(source.choice(_NUM_OPERATIONS)):
-        template, symbol, n = _operation(source, total)
+        template, symbol, n = _operation(source, total, smallest, largest)
         sentence = template.format(name=name, other=other, n=n)
         sentences.append(f"Then {sentence}" if source.random() < 0.5 else sentence)
         result = {"+": total + n, "-": total - n, "*": total * n}[symbol]
@@ -79,10 +90,12 @@ def _problem(source: random.Random) -> Row:
     return {"question": " ".join(sentences), "answer": "\n".join([*steps, f"#### {total}"])}
 
 
-def _operation(source: random.Random, total: int) -> tuple[str, str, int]:
+def _operation(
+    source: random.Random, total: int, smallest: int, largest: int
+) -> tuple[str, str, int]:
     symbol = source.choice("+-*")
-    if symbol == "-" and total > 1:
-        return source.choice(LOSSES), "-", source.randint(1, total - 1)
+    if symbol == "-" and total > smallest:
+        return source.choice(LOSSES), "-", source.randint(smallest, total - 1)
     if symbol == "*":
         return source.choice(DOUBLINGS), "*", 2
-    return source.choice(GAINS), "+", source.randint(1, 9)
+    return source.choice(GAINS), "+", source.randint(smallest, largest)

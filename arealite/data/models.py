@@ -11,9 +11,14 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 TINY_MATH = "arealite/tiny-math"
-"""Name of the embedded model, which runs anywhere."""
+"""Name of the embedded model that answers word problems; it runs anywhere."""
+TINY_AGENT = "arealite/tiny-agent"
+"""Name of the embedded model that calls a calculator, corrects itself, and programs."""
 
-_TINY_MATH_DIR = Path(__file__).parent / "tiny_math"
+_EMBEDDED = {
+    TINY_MATH: Path(__file__).parent / "tiny_math",
+    TINY_AGENT: Path(__file__).parent / "tiny_agent",
+}
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")
 FULL_VOCABULARY = 0.9
 """Share of a model's rows that its tokenizer has at least; 0.98 is the least seen in models."""
@@ -64,15 +69,16 @@ def load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 def _folder_of(name: str) -> Path | None:
     """The folder that `name` means, or None for a Hub id."""
-    if name == TINY_MATH:
-        return _TINY_MATH_DIR
+    if name in _EMBEDDED:
+        return _EMBEDDED[name]
     path = local_path(name)
     if path is not None:
         if path.is_dir():
             return path
         raise DataError(f"{path} is a file. A model is a folder, or an id on the Hugging Face Hub.")
     if name.startswith("arealite/"):
-        raise DataError(f"There is no embedded model {name!r}. The only one is {TINY_MATH!r}.")
+        known = ", ".join(map(repr, _EMBEDDED))
+        raise DataError(f"There is no embedded model {name!r}. There are {known}.")
     if not is_hub_id(name):
         raise DataError(
             f"There is no model folder {name!r}, and it is no Hugging Face id: those look like "

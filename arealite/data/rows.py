@@ -5,18 +5,26 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from arealite.data.gsm8k_mini import test_problems, train_problems
+from arealite.data import gsm8k_large, gsm8k_mini, tiny_programs
 from arealite.data.paths import is_hub_id, local_path
 from arealite.errors import DataError
 from arealite.types import Row
 
 GSM8K_MINI = "arealite/gsm8k-mini"
-"""Name of the embedded data set: generated word problems, offline, the same on every machine."""
+"""Name of an embedded data set: generated word problems, offline, the same on every machine."""
+GSM8K_LARGE = "arealite/gsm8k-large"
+"""The same with numbers that a tiny model cannot compute with, but a tool can."""
+TINY_PROGRAMS = "arealite/tiny-programs"
+"""Name of an embedded data set: generated programming tasks, with `tests` in every row."""
 
-_EMBEDDED: dict[str, Callable[[], list[Row]]] = {"train": train_problems, "test": test_problems}
+_EMBEDDED: dict[str, dict[str, Callable[[], list[Row]]]] = {
+    GSM8K_MINI: {"train": gsm8k_mini.train_problems, "test": gsm8k_mini.test_problems},
+    GSM8K_LARGE: {"train": gsm8k_large.train_problems, "test": gsm8k_large.test_problems},
+    TINY_PROGRAMS: {"train": tiny_programs.train_programs, "test": tiny_programs.test_programs},
+}
 _ENDINGS = (".jsonl", ".json", ".parquet")
 _WANTED = (
-    f"A data set is {GSM8K_MINI!r}, a folder with train and test files, a file "
+    f"A data set is embedded ({', '.join(_EMBEDDED)}), a folder with train and test files, a file "
     f"({', '.join(_ENDINGS)}), or an id on the Hugging Face Hub such as 'openai/gsm8k'."
 )
 
@@ -33,10 +41,10 @@ def load_rows(
     """The rows of one split, as they are, once each of them is known to be usable.
 
     Args:
-        dataset: `arealite/gsm8k-mini`; or a folder with `<split>.jsonl`, `.json` or `.parquet`
-            (shards named `<split>-*.parquet`, also below `data/`, count); or one such file, which
-            then serves every split; or a Hub id. `id:config` picks a configuration; without it
-            the only one is taken, or `main`, or `default`.
+        dataset: an embedded one such as `arealite/gsm8k-mini`; or a folder with `<split>.jsonl`,
+            `.json` or `.parquet` (shards named `<split>-*.parquet`, also below `data/`, count); or
+            one such file, which then serves every split; or a Hub id. `id:config` picks a
+            configuration; without it the only one is taken, or `main`, or `default`.
         split: `train`, `test`, or what else the data set has.
         required: keys that must hold a non-empty string in every row.
         max_malformed: so many rows may be unusable; they are left out, and the log says why.
@@ -66,10 +74,11 @@ def load_rows(
 
 def _read(dataset: str, split: str) -> Iterator[tuple[str, object]]:
     """Where each row is, in words, and what is there."""
-    if dataset == GSM8K_MINI:
-        if split not in _EMBEDDED:
-            raise _missing_split(dataset, split, list(_EMBEDDED))
-        yield from _numbered(dataset, _EMBEDDED[split]())
+    if dataset in _EMBEDDED:
+        splits = _EMBEDDED[dataset]
+        if split not in splits:
+            raise _missing_split(dataset, split, list(splits))
+        yield from _numbered(dataset, splits[split]())
         return
     path = local_path(dataset)
     if path is None:

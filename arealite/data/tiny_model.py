@@ -8,17 +8,41 @@ byte-level tokens, and each word is an added token that carries the space before
 
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from transformers import AddedToken, Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 SPECIAL_TOKENS = ("<|pad|>", "<|unk|>", "<|user|>", "<|assistant|>", "<|end|>")
 
+AGENT_SPECIAL_TOKENS = (*SPECIAL_TOKENS, "<|system|>", "<|tool|>")
+_ROLE_TOKENS = ("<|user|>", "<|assistant|>", "<|system|>", "<|tool|>")
+
 # Each message depends on itself alone, so a conversation only ever grows at its end.
 CHAT_TEMPLATE = (
     "{%- for message in messages -%}"
     "{{ '<|assistant|>' if message['role'] == 'assistant' else '<|user|>' }}"
     "{{ message['content'] }}<|end|>"
+    "{%- endfor -%}"
+    "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
+)
+
+# The same for four roles; says the names of the tools, and writes calls as Qwen's template does.
+AGENT_CHAT_TEMPLATE = (
+    "{%- if tools -%}<|system|>Tools:"
+    "{%- for tool in tools -%}{{ ' ' + tool['function']['name'] }}{%- endfor -%}<|end|>"
+    "{%- endif -%}"
+    "{%- for message in messages -%}"
+    "{%- set role = message['role'] -%}"
+    "{{ '<|' ~ (role if role in ['assistant', 'system', 'tool'] else 'user') ~ '|>' }}"
+    "{{ message['content'] or '' }}"
+    "{%- for call in message['tool_calls'] or [] -%}"
+    "{%- if message['content'] or not loop.first -%}{{ '\n' }}{%- endif -%}"
+    "{{ '<tool_call>\n{\"name\": \"' + call['function']['name'] + '\", \"arguments\": ' }}"
+    "{%- if call['function']['arguments'] is string -%}{{ call['function']['arguments'] }}"
+    "{%- else -%}{{ call['function']['arguments'] | tojson }}{%- endif -%}"
+    "{{ '}\n</tool_call>' }}"
+    "{%- endfor -%}<|end|>"
     "{%- endfor -%}"
     "{%- if add_generation_prompt -%}<|assistant|>{%- endif -%}"
 )
@@ -33,12 +57,40 @@ _WORDS = (
     *("Wrong", " Try"),
 )
 
+# What the agent says and hears besides: programs, their tasks, and the call of its one tool.
+_AGENT_CHARACTERS = "abcr(),"
+_AGENT_WORDS = (
+    *("Tools:", " calculate", "<tool_call>", "</tool_call>"),
+    *('\n{"name": "calculate", "arguments": {"expression": "', '"}}\n'),
+    *("Read", " a", " two", " three", " number", " numbers", " Take", " their", " sum"),
+    *(" product", " the", " largest", " smallest", " first", " minus", " second", " Add"),
+    *(" Subtract", " Multiply", " Square", " it", " by", " Print"),
+    *("```python\n", "\n```", "int(input())", "input()", "\nr = ", "\nprint(r)", "max", "min"),
+    *(" = ", " + ", " - ", " * ", ", "),
+)
+
 
 def tiny_tokenizer() -> Qwen2Tokenizer:
     """Tokenizer of `arealite/tiny-math`: 55 tokens. Characters outside of them are dropped."""
-    tokens = (*SPECIAL_TOKENS, *_CHARACTERS)
+    return _word_tokenizer(SPECIAL_TOKENS, _CHARACTERS, _WORDS)
+
+
+def agent_tokenizer() -> Qwen2Tokenizer:
+    """Tokenizer of `arealite/tiny-agent`: that of tiny-math, tools and tiny programs."""
+    tokenizer = _word_tokenizer(
+        AGENT_SPECIAL_TOKENS, _CHARACTERS + _AGENT_CHARACTERS, _WORDS + _AGENT_WORDS
+    )
+    tokenizer.chat_template = AGENT_CHAT_TEMPLATE
+    return tokenizer
+
+
+def _word_tokenizer(
+    special_tokens: Iterable[str], characters: str, words: Iterable[str]
+) -> Qwen2Tokenizer:
+    """One token for each character and each word."""
+    tokens = (*special_tokens, *characters)
     tokenizer = chat_tokenizer({token: index for index, token in enumerate(tokens)}, merges=[])
-    for word in _WORDS:
+    for word in words:
         tokenizer.add_tokens(AddedToken(word, normalized=False))
     return tokenizer
 
@@ -46,7 +98,8 @@ def tiny_tokenizer() -> Qwen2Tokenizer:
 def chat_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Qwen2Tokenizer:
     """A tokenizer over this byte-level vocabulary, with our special tokens and chat template.
 
-    `vocabulary` holds `SPECIAL_TOKENS`; `<|end|>` ends every message and is the end token.
+    `vocabulary` holds `SPECIAL_TOKENS`, maybe with more `<|roles|>`; `<|end|>` ends every message
+    and is the end token.
     """
     tokenizer = Qwen2Tokenizer(
         vocab=vocabulary,
@@ -54,7 +107,7 @@ def chat_tokenizer(vocabulary: dict[str, int], merges: list[tuple[str, str]]) ->
         unk_token="<|unk|>",
         pad_token="<|pad|>",
         eos_token="<|end|>",
-        extra_special_tokens=["<|user|>", "<|assistant|>"],
+        extra_special_tokens=[token for token in _ROLE_TOKENS if token in vocabulary],
         clean_up_tokenization_spaces=False,
     )
     tokenizer.chat_template = CHAT_TEMPLATE

@@ -15,7 +15,7 @@ def problems() -> list[Row]:
 def retell(question: str) -> int:
     """The number that is left, told from the question's sentences alone."""
     start, *sentences, asked = question.split(". ")
-    found = re.fullmatch(r"Today (\w+) (?:has|finds|buys) (\d) (\w+)", start)
+    found = re.fullmatch(r"Today (\w+) (?:has|finds|buys) (\d+) (\w+)", start)
     assert found
     name, total = found[1], int(found[2])
     assert asked == f"How many {found[3]} does {name} have now?"

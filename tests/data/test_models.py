@@ -1,13 +1,23 @@
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from arealite.data import load_rows, load_tokenizer, resolve_model
-from arealite.data.tiny_model import tiny_tokenizer
+from arealite.data import (
+    GSM8K_LARGE,
+    GSM8K_MINI,
+    TINY_AGENT,
+    TINY_MATH,
+    TINY_PROGRAMS,
+    load_rows,
+    load_tokenizer,
+    resolve_model,
+)
+from arealite.data.tiny_model import agent_tokenizer, tiny_tokenizer
 from arealite.errors import DataError
 
 TINY = Path(resolve_model("arealite/tiny-math"))
@@ -23,11 +33,11 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_embedded_model_is_a_complete_folder_of_at_most_2_mb():
-    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
-        path.name for path in TINY.iterdir()
-    }
-    assert sum(path.stat().st_size for path in TINY.iterdir()) < 2_000_000
+@pytest.mark.parametrize("name", [TINY_MATH, TINY_AGENT])
+def test_an_embedded_model_is_a_complete_folder_of_at_most_2_mb(name: str):
+    files = list(Path(resolve_model(name)).iterdir())
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in files}
+    assert sum(path.stat().st_size for path in files) < 2_000_000
 
 
 def test_a_folder_is_its_own_name_and_a_hub_id_stays_as_it_is(folder: Path):
@@ -44,8 +54,10 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(name: str):
             function(name)
 
 
-def test_an_embedded_model_that_does_not_exist_is_answered_with_the_one_that_does():
-    with pytest.raises(DataError, match=r"'arealite/tiny-maths'.*'arealite/tiny-math'"):
+def test_an_embedded_model_that_does_not_exist_is_answered_with_those_that_do():
+    with pytest.raises(
+        DataError, match=r"'arealite/tiny-maths'.*'arealite/tiny-math', 'arealite/tiny-agent'"
+    ):
         resolve_model("arealite/tiny-maths")
 
 
@@ -73,18 +85,33 @@ def test_a_file_is_not_a_model(folder: Path):
         resolve_model(str(folder / "model.safetensors"))
 
 
-def test_trainer_workflow_and_server_read_the_same_ids_whatever_class_they_load():
+@pytest.mark.parametrize(
+    ("name", "made_by_code", "datasets"),
+    [
+        (TINY_MATH, tiny_tokenizer, [GSM8K_MINI]),
+        (TINY_AGENT, agent_tokenizer, [GSM8K_MINI, GSM8K_LARGE, TINY_PROGRAMS]),
+    ],
+)
+def test_trainer_workflow_and_server_read_the_same_ids_whatever_class_they_load(
+    name: str, made_by_code: Callable[[], Qwen2Tokenizer], datasets: list[str]
+):
     # transformers reads a folder of type qwen2 as Qwen2Tokenizer, whatever its files say.
+    folder = resolve_model(name)
     tokenizers = [
-        load_tokenizer("arealite/tiny-math"),
-        AutoTokenizer.from_pretrained(TINY),
-        PreTrainedTokenizerFast.from_pretrained(TINY),
-        tiny_tokenizer(),
+        load_tokenizer(name),
+        AutoTokenizer.from_pretrained(folder),
+        PreTrainedTokenizerFast.from_pretrained(folder),
+        made_by_code(),
     ]
-    plain = Tokenizer.from_file(str(TINY / "tokenizer.json"))
+    assert {str(tokenizer.chat_template) for tokenizer in tokenizers} == {
+        str(made_by_code().chat_template)
+    }
+    plain = Tokenizer.from_file(f"{folder}/tokenizer.json")
     texts = ["<|user|>Today Tom has 12 apples.<|end|><|assistant|>", "Wrong. Try again. \n\n 7+1"]
     texts += [
-        row["question"] + row["answer"] for row in load_rows("arealite/gsm8k-mini", split="test")
+        row["question"] + row["answer"]
+        for dataset in datasets
+        for row in load_rows(dataset, split="test")
     ]
     for text in texts:
         expected = plain.encode(text).ids
@@ -112,6 +139,42 @@ def test_a_conversation_only_grows_at_its_end():
     assert prompt == "<|user|>Today Tom has 3 apples.<|end|><|assistant|>"
     whole = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert whole == f"{prompt}#### 4<|end|><|user|>Wrong. Try again.<|end|><|assistant|>"
+
+
+CALL = '<tool_call>\n{"name": "calculate", "arguments": {"expression": "12*(3+4)"}}\n</tool_call>'
+
+
+def test_a_conversation_with_a_tool_reads_like_one_of_qwen():
+    tokenizer = load_tokenizer(TINY_AGENT)
+    messages = [
+        {"role": "user", "content": "Today Tom has 12 apples."},
+        {"role": "assistant", "content": CALL},
+        {"role": "tool", "content": "84"},
+        {"role": "assistant", "content": "#### 84"},
+    ]
+    tools = [{"type": "function", "function": {"name": "calculate"}}]
+    whole = (
+        "<|system|>Tools: calculate<|end|><|user|>Today Tom has 12 apples.<|end|>"
+        f"<|assistant|>{CALL}<|end|><|tool|>84<|end|><|assistant|>#### 84<|end|>"
+    )
+    rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)  # type: ignore[arg-type]
+    assert rendered == whole
+    assert tokenizer.decode(tokenizer.encode(whole)) == whole
+    for arguments in ('{"expression": "12*(3+4)"}', {"expression": "12*(3+4)"}):
+        call = {"type": "function", "function": {"name": "calculate", "arguments": arguments}}
+        messages[1] = {"role": "assistant", "content": None, "tool_calls": [call]}
+        rendered = tokenizer.apply_chat_template(messages, tools=tools, tokenize=False)  # type: ignore[arg-type]
+        assert rendered == whole
+
+
+def test_the_fixed_parts_of_a_call_are_few_tokens():
+    tokenizer = load_tokenizer(TINY_AGENT)
+    assert [tokenizer.decode([token]) for token in tokenizer.encode(CALL)] == [
+        *("<tool_call>", '\n{"name": "calculate", "arguments": {"expression": "'),
+        *("1", "2", "*", "(", "3", "+", "4", ")"),
+        *('"}}\n', "</tool_call>"),
+    ]
+    assert len(tokenizer) == 106
 
 
 def test_a_folder_without_tokenizer_files_does_not_pass_with_an_empty_vocabulary(folder: Path):
