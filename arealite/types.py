@@ -20,6 +20,12 @@ Row = dict[str, Any]
 FinishReason = Literal["stop", "length", "context", "abort"]
 """stop: end token; length: its own budget; context: the model's limit; abort: cut off."""
 
+OWN_METRICS = (
+    *("reward", "raw_reward", "response_length", "response_length_max", "tokens"),
+    *("truncated_share", "context_share", "staleness_mean", "staleness_max"),
+)
+"""Names that every run logs as `rollout/NAME`, so that no `Trajectory.metrics` may have them."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:

@@ -4,7 +4,7 @@ A group is the trajectories sampled from one prompt; groups may differ in size.
 """
 
 import math
-from itertools import accumulate
+from itertools import accumulate, chain, islice
 
 from arealite.types import Trajectory
 
@@ -38,8 +38,9 @@ def step_advantages(
     """One advantage for each token of each trajectory: the centered rewards of what it led to.
 
     Centered is a step's reward less the mean of all step rewards of the group. A token gets the sum
-    over the steps that end with it or later; so early tokens answer for all that follows. A
-    trajectory of which no step was rewarded is one step, with the reward of the whole.
+    over the steps that end with it or later; so early tokens answer for all that follows. The parts
+    of one conversation follow each other. If no step of it was rewarded, it is one step, with the
+    reward of the whole.
 
     Args:
         groups: per prompt, the trajectories sampled from it, with their `step_rewards`.
@@ -47,39 +48,51 @@ def step_advantages(
 
     Source: process supervision of GRPO, arXiv:2402.03300 section 4.1.3, which does divide.
     """
-    return [_step_advantages([_steps(t) for t in group], group, divide_by_std) for group in groups]
+    return [_step_advantages(group, divide_by_std) for group in groups]
 
 
-def _step_advantages(
-    steps: list[list[tuple[int, float]]], group: list[Trajectory], divide_by_std: bool
-) -> list[list[float]]:
+def _step_advantages(group: list[Trajectory], divide_by_std: bool) -> list[list[float]]:
+    samples = _samples(group)
+    steps = [_steps([group[index] for index in sample]) for sample in samples]
     rewards = [reward for each in steps for _, reward in each]
     centered = iter(_centered(rewards, rewards, divide_by_std))
-    advantages: list[list[float]] = []
-    for trajectory, each in zip(group, steps, strict=True):
-        gained = dict.fromkeys(range(len(trajectory.token_ids)), 0.0)
+    advantages: list[list[float]] = [[] for _ in group]
+    for sample, each in zip(samples, steps, strict=True):
+        masks = [group[index].loss_mask for index in sample]
+        gained = dict.fromkeys(range(sum(map(len, masks))), 0.0)
         gained |= {place: next(centered) for place, _ in each}
-        to_go = list(accumulate(reversed(gained.values())))[::-1]
-        sampled = zip(to_go, trajectory.loss_mask, strict=True)
-        advantages.append([value if is_sampled else 0.0 for value, is_sampled in sampled])
+        to_go = reversed(list(accumulate(reversed(gained.values()))))
+        for index, mask in zip(sample, masks, strict=True):
+            values = zip(islice(to_go, len(mask)), mask, strict=True)
+            advantages[index] = [value if is_sampled else 0.0 for value, is_sampled in values]
     return advantages
 
 
-def _steps(trajectory: Trajectory) -> list[tuple[int, float]]:
-    """Last token and reward of each step."""
-    if trajectory.step_rewards:
-        return list(trajectory.step_rewards)
-    sampled = [place for place, is_sampled in enumerate(trajectory.loss_mask) if is_sampled]
-    return [(sampled[-1], trajectory.reward)]
+def _steps(parts: list[Trajectory]) -> list[tuple[int, float]]:
+    """Last token and reward of each step of a conversation, counted over all of its parts."""
+    starts = accumulate((len(part.token_ids) for part in parts), initial=0)
+    steps = [
+        (start + place, reward)
+        for start, part in zip(starts, parts, strict=False)
+        for place, reward in part.step_rewards
+    ]
+    sampled = list(chain.from_iterable(part.loss_mask for part in parts))
+    last = len(sampled) - 1 - sampled[::-1].index(True)
+    return steps or [(last, _mean([part.reward for part in parts]))]
 
 
 def _sample_rewards(group: list[Trajectory]) -> list[float]:
     """One reward per conversation."""
-    samples: dict[int, list[float]] = {}
+    return [_mean([group[index].reward for index in sample]) for sample in _samples(group)]
+
+
+def _samples(group: list[Trajectory]) -> list[list[int]]:
+    """Of each conversation, where its parts are in the group."""
+    samples: dict[int, list[int]] = {}
     for index, trajectory in enumerate(group):
         is_alone = trajectory.sample < 0
-        samples.setdefault(~index if is_alone else trajectory.sample, []).append(trajectory.reward)
-    return [_mean(rewards) for rewards in samples.values()]
+        samples.setdefault(~index if is_alone else trajectory.sample, []).append(index)
+    return list(samples.values())
 
 
 def _centered(rewards: list[float], basis: list[float], divide_by_std: bool) -> list[float]:

@@ -109,6 +109,9 @@ async def python_tool(code: str) -> str:
     return f"{result.stdout}{problem}" or "(it printed nothing)"
 
 
+python_tool.timeout_s = None  # type: ignore[attr-defined] - a program has a limit, its queue none
+
+
 def program_of(text: str) -> str | None:
     """The program in a response: its last block of Python, or the last one without a language.
 
@@ -272,14 +275,7 @@ def read_cases(row: "Row") -> list[Case]:
     present = [name for name in readers if row.get(name)]
     try:
         cases = list(readers[present[0]](row)) if present else []
-    except (
-        KeyError,
-        TypeError,
-        ValueError,
-        AttributeError,
-        zlib.error,
-        pickle.PickleError,
-    ) as error:
+    except UNREADABLE as error:
         raise DataError(
             f"The field {present[0]!r} of a row is not as rewards.code knows it "
             f"({type(error).__name__}: {error}): {row[present[0]]!r:.200}"

@@ -10,9 +10,6 @@ its reason, the next row takes its place, and many failures raise in the main th
 
 import asyncio
 import concurrent.futures
-import inspect
-import itertools
-import math
 import os
 import sys
 import sysconfig
@@ -22,7 +19,6 @@ import traceback
 from collections import Counter, deque
 from collections.abc import Awaitable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from numbers import Real
 from pathlib import Path
 from statistics import fmean
 from typing import Self, cast
@@ -43,7 +39,7 @@ from arealite.errors import (
     first_cause,
 )
 from arealite.rollout.admission import Admission, Order, Ticket, merge_cursors
-from arealite.rollout.transcript import flattened
+from arealite.rollout.groups import check_group
 from arealite.rollout.witness import Witness
 from arealite.types import Cursor, LostRow, Row, Trajectory
 from arealite.waits import note_cut_waits, report, waiting
@@ -381,7 +377,7 @@ async def run_episode(
         if not isinstance(cause, Exception):
             cause = error_of_ours("The episode", cause)
         raise cause from cause.__cause__
-    return None if group is None else check_group(group, workflow, witness)
+    return None if group is None else check_group(group, type(workflow).__name__, witness)
 
 
 def _started(
@@ -475,60 +471,6 @@ def raise_on_all_ranks(failure: BaseException | None) -> None:
     for rank, text in enumerate(failures):
         if text:
             raise RolloutError(f"Rank {rank} failed: {text}")
-
-
-def check_group(
-    group: list[Trajectory], workflow: RolloutWorkflow, witness: Witness
-) -> list[Trajectory]:
-    """The group, if each trajectory's fields fit together, and the engine sampled what they say.
-
-    Raises:
-        TrajectoryError: naming the workflow and the field.
-    """
-    name = f"{type(workflow).__name__}.arun_episode"
-    items = group if isinstance(group, list | tuple) else [group]
-    if any(map(inspect.isawaitable, items)):
-        raise TrajectoryError(f"{name} returned a coroutine. Put `await` before what it calls.")
-    strangers = [item for item in items if not isinstance(item, Trajectory)]
-    if items is not group or not group or strangers:
-        is_list = items is group and strangers
-        what = f"a list with {strangers[0]!r:.80}" if is_list else f"{group!r:.80}"
-        raise TrajectoryError(
-            f"{name} returned {what}. Return a list of Trajectory, or None to reject the row."
-        )
-    if any(trajectory.earlier for trajectory in group):
-        group = flattened(group)
-    for trajectory in group:
-        problem = problem_with(trajectory, witness.version) or witness.problem_with(trajectory)
-        if problem:
-            raise TrajectoryError(
-                f"{name} returned {problem}. Build trajectories with Transcript, which keeps "
-                "tokens, masks, log-probs and versions aligned."
-            )
-    return group
-
-
-def problem_with(trajectory: Trajectory, version: int) -> str:
-    """What is wrong with the fields of a trajectory; empty if nothing is.
-
-    Args:
-        version: of the engine; no token is of weights beyond the update that may be under way.
-    """
-    length = len(trajectory.token_ids)
-    for field in ("loss_mask", "behavior_logprobs", "versions"):
-        if len(getattr(trajectory, field)) != length:
-            return f"{len(getattr(trajectory, field))} {field} for {length} tokens"
-    if not any(trajectory.loss_mask) or trajectory.loss_mask[0]:
-        return "a trajectory that begins with a sampled token or has none"
-    if not isinstance(trajectory.reward, Real) or not math.isfinite(trajectory.reward):
-        return f"the reward {trajectory.reward!r:.80}, which is not a finite number"
-    if not all(map(math.isfinite, trajectory.behavior_logprobs)):
-        return "a behavior log-prob that is not finite"
-    versions = set(itertools.compress(trajectory.versions, trajectory.loss_mask))
-    oldest = min(version, 0)  # -1, the weights on disk, only before the first push
-    if not oldest <= min(versions) <= max(versions) <= version + 1:
-        return f"sampled tokens of the versions {sorted(versions)}, the engine being at {version}"
-    return ""
 
 
 def lost_row(ticket: Ticket, reason: str, group: Sequence[Trajectory] | None = None) -> LostRow:

@@ -60,16 +60,29 @@ class Tools:
         functions: `def` or `async def`, with type hints and a docstring of Google's style, whose
             `Args:` describe each parameter. A `def` runs in a thread, which nothing can stop:
             what a model has written belongs into a sandbox, see `arealite.rewards.code`.
-        timeout_s: limit of one call in seconds; beyond it the model is told so.
+        timeout_s: limit of one call in seconds; beyond it the model is told so. A function with
+            an attribute `timeout_s` goes by that one; None: none, as for what waits in a queue.
+        max_chars: of a result; what is longer is cut, and the model is told so.
 
     Raises:
-        ConfigError: a function without the hints or the docstring that make its schema.
+        ConfigError: two functions of one name, or a function without the hints or the docstring
+            that make its schema.
     """
 
-    def __init__(self, functions: Sequence[Callable[..., Any]], *, timeout_s: float = 30.0) -> None:
+    def __init__(
+        self,
+        functions: Sequence[Callable[..., Any]],
+        *,
+        timeout_s: float = 30.0,
+        max_chars: int = 10_000,
+    ) -> None:
         self.schemas: list[Schema] = [_schema(function) for function in functions]
         self._functions = {function.__name__: function for function in functions}
         self._timeout_s = timeout_s
+        self._max_chars = max_chars
+        if len(self._functions) < len(functions):
+            names = ", ".join(function.__name__ for function in functions)
+            raise ConfigError(f"Each tool needs a name of its own; there are {names}.")
 
     async def answer(self, message: Message) -> list[Message]:
         """Results of all calls in a message, made at the same time, as messages of role `tool`."""
@@ -95,15 +108,20 @@ class Tools:
             arguments = inspect.signature(function).bind(**json.loads(call["arguments"]))
         except (TypeError, ValueError) as error:
             return f"Error: {call['name']}: {error}."
+        timeout_s = getattr(function, "timeout_s", self._timeout_s)
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout(timeout_s) as limit:
                 value = await _call(function, arguments)
             text = value if isinstance(value, str) else json.dumps(value, default=str)
-        except TimeoutError:
-            return f"Error: {call['name']} took longer than {self._timeout_s:g} s."
         except (Exception, SystemExit) as error:  # what a tool makes of arguments is for the model
-            return f"Error: {type(error).__name__}: {error}"
-        return text.encode(errors="replace").decode()  # half of a surrogate pair has no tokens
+            if isinstance(error, TimeoutError) and limit.expired():
+                return f"Error: {call['name']} took longer than {timeout_s:g} s."
+            text = f"Error: {type(error).__name__}: {error}"
+        text = text.encode(errors="replace").decode()  # half of a surrogate pair has no tokens
+        if len(text) <= self._max_chars:
+            return text
+        kept = text[: self._max_chars]
+        return f"{kept}\n[cut: the first {len(kept)} of {len(text)} characters]"
 
 
 def parse_answer(
@@ -134,7 +152,7 @@ def parse_answer(
         return message
     template = _response_template(tokenizer, call_format)
     content, calls = (
-        _json_calls(said) if template is None else _calls(text, template, prefix, schemas)
+        _json_calls(said, schemas) if template is None else _calls(text, template, prefix, schemas)
     )
     read = [_openai_call(call, num_calls + index) for index, call in enumerate(calls)]
     if not read or None in read:
@@ -148,12 +166,7 @@ def _calls(
     """The text beside the calls, and the calls."""
     try:
         found = parse_response(text, template, prefix=prefix, tools=list(schemas))
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # it is in no format that the template knows
+    except (ValueError, KeyError, TypeError, RecursionError):  # in no format of the template
         return text, []
     return (found.get("content") or "").strip(), found.get("tool_calls") or []
 
@@ -170,8 +183,12 @@ def _response_template(
     return _HERMES if is_hermes else None
 
 
-def _json_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
-    """Calls that are all of a text: an object, a list, or objects with semicolons between."""
+def _json_calls(text: str, schemas: Sequence[Schema]) -> tuple[str, list[dict[str, Any]]]:
+    """Calls that are all of a text: an object, a list, or objects with semicolons between.
+
+    An answer may be JSON as well, also with a `name`: a call has arguments, or a tool of that name.
+    """
+    names = [schema["function"]["name"] for schema in schemas]
     text = text.strip().removeprefix("<|python_tag|>")
     try:
         value = json.loads(text)
@@ -180,7 +197,14 @@ def _json_calls(text: str) -> tuple[str, list[dict[str, Any]]]:
             value = [json.loads(part) for part in text.split(";")]
         except (ValueError, RecursionError):
             return text, []
-    return "", [{"function": call} for call in (value if isinstance(value, list) else [value])]
+    calls = value if isinstance(value, list) else [value]
+    if not all(
+        isinstance(call, dict)
+        and ({"arguments", "parameters"} & call.keys() or call.get("name") in names)
+        for call in calls
+    ):
+        return text, []
+    return "", [{"function": call} for call in calls]
 
 
 def _openai_call(call: dict[str, Any], number: int) -> dict[str, Any] | None:

@@ -48,6 +48,8 @@ class Transcript:
         self._reward_timeout_s = reward_timeout_s
         self._conversation = next(_next_conversation)
         self._messages, self._rendered = list(messages), list(messages)
+        self.is_full = False
+        """Whether the next request did not fit into the model's context; the trajectory says so."""
         self._open_request: ModelRequest | None = None
         self._decoded: tuple[ModelResponse | None, str] = (None, "")  # the latest
         self._earlier: list[_Ledger] = []
@@ -126,6 +128,11 @@ class Transcript:
             raise TrajectoryError(
                 "add_response got a coroutine. Put `await` before engine.agenerate(...)."
             )
+        if not isinstance(response, ModelResponse):
+            raise TrajectoryError(
+                f"add_response got {response!r:.80}. It takes what engine.agenerate returns; "
+                "ChatWorkflow.ask returns None once a conversation fills the model's context."
+            )
         if self._open_request is None or response.request is not self._open_request:
             raise TrajectoryError(
                 "add_response takes what engine.agenerate answered to the last request of this "
@@ -136,6 +143,7 @@ class Transcript:
             self._earlier.append(self._answered)
         self._answered = self._ledger
         self._open_request = None
+        self.is_full = False
         text: Message = {"role": "assistant", "content": self.text_of(response)}
         self._messages.append(message or text)
         is_expressed = message is not None and self._template.expresses(message)
@@ -234,7 +242,8 @@ class Transcript:
             for ledger in ledgers or [self._answered]
         ]
         metrics = {"turns": float(self.num_turns)} | (metrics or {})
-        return replace(last, metrics=metrics, earlier=tuple(earlier))
+        reason = "context" if self.is_full else last.finish_reason
+        return replace(last, metrics=metrics, earlier=tuple(earlier), finish_reason=reason)
 
     async def score(self, reward: RewardFn, row: Row) -> float:
         """What the reward function says of the last response."""
@@ -345,7 +354,11 @@ class _Ledger:
             versions=list(self.versions),
             reward=reward,
             raw_reward=raw_reward,
-            step_rewards=tuple(sorted(self.step_rewards.items())),
+            step_rewards=tuple(
+                (end, step)
+                for end, step in sorted(self.step_rewards.items())
+                if self.loss_mask[end]
+            ),
             temperature=self.temperature,
             finish_reason=self.reply.finish_reason,
         )
@@ -354,15 +367,6 @@ class _Ledger:
         self.loss_mask += [False] * length
         self.behavior_logprobs += [0.0] * length
         self.versions += [-1] * length
-
-
-def flattened(samples: Sequence[Trajectory]) -> list[Trajectory]:
-    """The trajectories of a group, with the earlier parts of each conversation before its last."""
-    return [
-        replace(part, sample=index if sample.sample < 0 else sample.sample, earlier=())
-        for index, sample in enumerate(samples)
-        for part in (*sample.earlier, sample)
-    ]
 
 
 def _squeezed(text: str) -> str:

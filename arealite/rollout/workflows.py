@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -11,11 +11,13 @@ from arealite.api import InferenceEngine
 from arealite.errors import ConfigError, PromptTooLongError, first_cause
 from arealite.rewards.pool import RewardFn
 from arealite.rollout.chat_template import ChatTemplate, Message
+from arealite.rollout.groups import flattened
 from arealite.rollout.tools import CallFormat, Tools, parse_answer
-from arealite.rollout.transcript import Transcript, flattened
-from arealite.types import Row, SamplingParams, Trajectory
+from arealite.rollout.transcript import Transcript
+from arealite.types import ModelResponse, Row, SamplingParams, Trajectory
 
 
+@dataclass(eq=False, repr=False)
 class ChatWorkflow:
     """A group of independent conversations about one row; a child writes `arun_sample`.
 
@@ -31,34 +33,25 @@ class ChatWorkflow:
                         break
                     chat.add_message("user", f"<result>{calculate(call[1])}</result>")
                 return await chat.finish(self.reward, row)
-
-    Args:
-        reward: text of the last response and row in, number out; see `Transcript.finish`.
-        group_size: conversations per row; their mean reward is the baseline of each.
-        system_prompt: first message of every conversation, if not empty.
-        reward_timeout_s: limit of one call of the reward in seconds, beyond which the row is lost;
-            None: that of the pool, 15.
-        chat_template_kwargs: variables of the chat template, such as `enable_thinking`.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: RewardFn,
-        sampling: SamplingParams,
-        *,
-        group_size: int = 1,
-        system_prompt: str = "",
-        reward_timeout_s: float | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.reward = reward
-        self.sampling = sampling
-        self.group_size = group_size
-        self.system_prompt = system_prompt
-        self.reward_timeout_s = reward_timeout_s
-        self.template = ChatTemplate(tokenizer, kwargs=chat_template_kwargs or {})
+    tokenizer: PreTrainedTokenizerBase
+    reward: RewardFn
+    """Text of the last response and row in, number out; see `Transcript.finish`."""
+    sampling: SamplingParams
+    _: KW_ONLY
+    group_size: int = 1
+    """Conversations per row; their mean reward is the baseline of each."""
+    system_prompt: str = ""
+    """First message of every conversation, if not empty."""
+    reward_timeout_s: float | None = None
+    """Limit of one call of the reward in seconds, beyond which the row is lost; None: that of the
+    pool, 15."""
+    chat_template_kwargs: dict[str, Any] | None = None
+    """Variables of the chat template, such as `enable_thinking`."""
+
+    def __post_init__(self) -> None:
+        self.template = ChatTemplate(self.tokenizer, kwargs=self.chat_template_kwargs or {})
 
     async def arun_episode(self, engine: InferenceEngine, row: Row) -> list[Trajectory] | None:
         """All conversations of the group at the same time; the first failure ends them all."""
@@ -80,12 +73,35 @@ class ChatWorkflow:
         """One conversation: what an agent overrides."""
         raise NotImplementedError(f"{type(self).__name__} must define arun_sample.")
 
-    def start(self, question: str) -> Transcript:
-        """A conversation that begins with this question."""
-        messages: list[Message] = [{"role": "user", "content": question}]
-        if self.system_prompt:
+    def start(
+        self, question: str | Sequence[Message], template: ChatTemplate | None = None
+    ) -> Transcript:
+        """A conversation that begins with this question, or with these messages.
+
+        Args:
+            question: behind the system prompt, unless the messages begin with one of their own.
+            template: another one than that of the workflow, such as with tools of its own.
+        """
+        is_text = isinstance(question, str)
+        messages = [{"role": "user", "content": question}] if is_text else list(question)
+        if self.system_prompt and not (messages and messages[0]["role"] == "system"):
             messages.insert(0, {"role": "system", "content": self.system_prompt})
-        return Transcript(self.template, messages, reward_timeout_s=self.reward_timeout_s)
+        return Transcript(
+            template or self.template, messages, reward_timeout_s=self.reward_timeout_s
+        )
+
+    async def ask(self, engine: InferenceEngine, chat: Transcript) -> ModelResponse | None:
+        """What the policy says next; None once the conversation fills the model's context.
+
+        A first question that does not fit is an error: nothing can be learned from it.
+        """
+        try:
+            return await engine.agenerate(chat.request(self.sampling))
+        except PromptTooLongError:
+            if not chat.num_turns:
+                raise
+            chat.is_full = True
+            return None
 
 
 class SingleTurnWorkflow(ChatWorkflow):
@@ -97,60 +113,38 @@ class SingleTurnWorkflow(ChatWorkflow):
         return await chat.finish(self.reward, row)
 
 
+@dataclass(eq=False, repr=False)
 class MultiTurnWorkflow(ChatWorkflow):
     """Another try after feedback, until an answer is right.
 
     The reward of a conversation is that of its last answer, times `turn_discount` for each turn
     before; the raw reward is logged beside it, and that of turn k as `rollout/reward_turn_k`, over
-    the conversations that came so far.
-
-    Args:
-        feedback: what an answer that is not right is told; a function of its text and the row, or
-            always the same.
-        max_turns: answers at most.
-        turn_discount: applied once to the whole, and not to the reward of each turn.
-        right_from: an answer is right whose reward is not below.
-        rewards_turns: also give each turn its own reward, as `step_rewards`; see
-            `algo.advantages.step_advantages`.
+    the conversations that came so far. One without more room in the context ends where it is.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: RewardFn,
-        sampling: SamplingParams,
-        *,
-        feedback: str | Callable[[str, Row], str] = "That is not right. Try again.",
-        max_turns: int = 2,
-        turn_discount: float = 0.9,
-        right_from: float = 1.0,
-        rewards_turns: bool = False,
-        group_size: int = 1,
-        system_prompt: str = "",
-        reward_timeout_s: float | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            tokenizer,
-            reward,
-            sampling,
-            group_size=group_size,
-            system_prompt=system_prompt,
-            reward_timeout_s=reward_timeout_s,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        check_turns(max_turns)
-        self.feedback = feedback
-        self.max_turns = max_turns
-        self.turn_discount = turn_discount
-        self.right_from = right_from
-        self.rewards_turns = rewards_turns
+    _: KW_ONLY
+    feedback: str | Callable[[str, Row], str] = "That is not right. Try again."
+    """What an answer that is not right is told; a function of its text and the row, or always the
+    same."""
+    max_turns: int = 2
+    """Answers at most."""
+    turn_discount: float = 0.9
+    """Applied once to the whole, and not to the reward of each turn."""
+    right_from: float = 1.0
+    """An answer is right whose reward is not below."""
+    rewards_turns: bool = False
+    """Also give each turn its own reward, as `step_rewards`; see
+    `algo.advantages.step_advantages`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_turns(self.max_turns)
 
     async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
         chat = self.start(row["question"])
         rewards: list[float] = []
-        while True:
-            chat.add_response(await engine.agenerate(chat.request(self.sampling)))
+        while (response := await self.ask(engine, chat)) is not None:
+            chat.add_response(response)
             rewards.append(await chat.score(self.reward, row))
             if self.rewards_turns:
                 chat.add_step_reward(rewards[-1])
@@ -167,64 +161,43 @@ class MultiTurnWorkflow(ChatWorkflow):
         return self.feedback if isinstance(self.feedback, str) else self.feedback(text, row)
 
 
+@dataclass(eq=False, repr=False)
 class ToolWorkflow(ChatWorkflow):
     """One question, and an answer that may take calls of tools.
 
     The calls of a response are made at the same time and their results put into the conversation,
     until a response calls nothing; it is the answer. A conversation that has no more turns, or no
     more room in the context, ends where it is. Logs `rollout/tool_calls` per conversation.
-
-    Args:
-        tools: functions with type hints and docstrings; see `Tools`.
-        max_turns: responses at most.
-        tool_timeout_s: limit of one call in seconds.
-        call_format: how the model writes a call.
     """
 
-    def __init__(
-        self,
-        tokenizer: PreTrainedTokenizerBase,
-        reward: RewardFn,
-        sampling: SamplingParams,
-        *,
-        tools: Sequence[Callable[..., Any]],
-        max_turns: int = 8,
-        tool_timeout_s: float = 30.0,
-        call_format: CallFormat = "auto",
-        group_size: int = 1,
-        system_prompt: str = "",
-        reward_timeout_s: float | None = None,
-        chat_template_kwargs: dict[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            tokenizer,
-            reward,
-            sampling,
-            group_size=group_size,
-            system_prompt=system_prompt,
-            reward_timeout_s=reward_timeout_s,
-            chat_template_kwargs=chat_template_kwargs,
-        )
-        check_turns(max_turns)
-        self.tools = Tools(tools, timeout_s=tool_timeout_s)
-        self.max_turns = max_turns
-        self.call_format: CallFormat = call_format
-        self.template = replace(self.template, tools=self.tools.schemas)
+    _: KW_ONLY
+    tools: Sequence[Callable[..., Any]] | Callable[[Row], Sequence[Callable[..., Any]]]
+    """Functions with type hints and docstrings, see `Tools`; or a function of the row that makes
+    those of one conversation, such as methods of an object that remembers what they did."""
+    max_turns: int = 8
+    """Responses at most."""
+    tool_timeout_s: float = 30.0
+    """Limit of one call in seconds."""
+    call_format: CallFormat = "auto"
+    """How the model writes a call."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_turns(self.max_turns)
+        self._shared = None if callable(self.tools) else self._described(self.tools)
 
     async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
-        chat = self.start(row["question"])
+        tools, template = self._shared or self._described(self._tools_of(row))
+        chat = self.start(row["question"], template)
         num_calls = 0
         for turn in range(self.max_turns):
-            try:
-                response = await engine.agenerate(chat.request(self.sampling))
-            except PromptTooLongError:
-                if turn == 0:
-                    raise
-                return await self._finish(chat, row, num_calls, out_of_context=True)
+            response = await self.ask(engine, chat)
+            if response is None:
+                break
             message = parse_answer(
                 chat.text_of(response),
                 self.tokenizer,
-                schemas=self.tools.schemas,
+                schemas=tools.schemas,
                 call_format=self.call_format,
                 prompt=chat.prompt_text,
                 num_calls=num_calls,
@@ -233,15 +206,16 @@ class ToolWorkflow(ChatWorkflow):
             if "tool_calls" not in message or turn + 1 == self.max_turns:
                 break
             num_calls += len(message["tool_calls"])
-            chat.add_messages(await self.tools.answer(message))
-        return await self._finish(chat, row, num_calls)
+            chat.add_messages(await tools.answer(message))
+        return await chat.finish(self.reward, row, metrics={"tool_calls": float(num_calls)})
 
-    async def _finish(
-        self, chat: Transcript, row: Row, num_calls: int, *, out_of_context: bool = False
-    ) -> Trajectory:
-        metrics = {"tool_calls": float(num_calls)}
-        trajectory = await chat.finish(self.reward, row, metrics=metrics)
-        return replace(trajectory, finish_reason="context") if out_of_context else trajectory
+    def _tools_of(self, row: Row) -> Sequence[Callable[..., Any]]:
+        return self.tools(row) if callable(self.tools) else self.tools
+
+    def _described(self, functions: Sequence[Callable[..., Any]]) -> tuple[Tools, ChatTemplate]:
+        """The tools, and the template that shows them to the model."""
+        tools = Tools(functions, timeout_s=self.tool_timeout_s)
+        return tools, replace(self.template, tools=tools.schemas)
 
 
 def check_turns(max_turns: int) -> None:
