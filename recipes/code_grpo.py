@@ -22,7 +22,7 @@ from arealite.inference.vllm import VLLMEngine
 from arealite.observe.metrics import MetricLogger, rollout_metrics, train_metrics
 from arealite.observe.rollout_log import RolloutLog
 from arealite.rewards.code import code_reward
-from arealite.rollout.executor import RolloutExecutor, run_episodes
+from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episodes
 from arealite.rollout.workflows import SingleTurnWorkflow
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import attach, pack
@@ -39,13 +39,14 @@ class Config(gsm8k_grpo.Config):
     """Hugging Face id or folder; `arealite/tiny-agent` is the embedded model that can program."""
     dataset: str = "arealite/tiny-programs"
     """Hugging Face id, or a folder or file of rows with `question` and `tests`."""
-    steps: int = 50
+    steps: int = 80
     """Training steps; each consumes one batch and makes one weight version."""
     out_dir: str = "runs/code_grpo"
     """Metrics, rollouts and checkpoints; a run that finds a checkpoint here continues from it."""
 
-    # Lower than in gsm8k_grpo.py: at 2e-5 noise alone may carry the policy from one way to another.
-    train: FSDPConfig = FSDPConfig(lr=8e-6, warmup_steps=10, micro_batch_tokens=8_192)
+    # Many small steps: of few large ones, noise alone may carry the policy from one way to another.
+    rollout: RolloutConfig = RolloutConfig(prompts_per_step=8, max_staleness=2)
+    train: FSDPConfig = FSDPConfig(lr=4e-6, warmup_steps=10, micro_batch_tokens=8_192)
 
 
 def main(cfg: Config) -> None:

@@ -46,7 +46,7 @@ def load_rows(
             one such file, which then serves every split; or a Hub id. `id:config` picks a
             configuration; without it the only one is taken, or `main`, or `default`.
         split: `train`, `test`, or what else the data set has.
-        required: keys that must hold a non-empty string in every row.
+        required: keys that must hold a non-empty string in every row, or a list of messages.
         max_malformed: so many rows may be unusable; they are left out, and the log says why.
 
     Raises DataError that names the file and the row (from 1; in JSON Lines, the line).
@@ -189,7 +189,10 @@ def _checked(row: object, place: str, required: tuple[str, ...]) -> Row:
 
 
 def _problem_with(value: object) -> str | None:
-    """What keeps a field from being text that a model can read, or None."""
+    """What keeps a field from being text that a model can read, or messages; or None."""
+    if isinstance(value, list) and value and all(map(_is_message, value)):
+        problems = ((place, _problem_with(each["content"])) for place, each in enumerate(value))
+        return next((f"message {place}: {problem}" for place, problem in problems if problem), None)
     if not isinstance(value, str):
         return f"is of type {type(value).__name__}; it must be a string"
     if not value.strip():
@@ -199,6 +202,10 @@ def _problem_with(value: object) -> str | None:
     if any("\ud800" <= character <= "\udfff" for character in value):
         return "contains half of a surrogate pair, which is not text"
     return None
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and {"role", "content"} <= value.keys()
 
 
 def _read_hub(dataset: str, split: str) -> Iterator[tuple[str, object]]:

@@ -15,7 +15,8 @@ A row is told by its fields:
 | `test_list`: ["assert ..."], `test_setup_code` or `test_imports` | MBPP | one assert |
 | `test` with `check(candidate)`, `entry_point`, `prompt` | HumanEval | all of it |
 
-Lists and objects may also be JSON in a string, as data sets on the Hub have them.
+Lists and objects may also be JSON in a string, as data sets on the Hub have them. Where several
+outputs are right, a Codeforces row has a `generated_checker`: a program that is asked instead.
 """  # noqa: E501 - a table
 
 import base64
@@ -40,6 +41,7 @@ from arealite.rewards.sandbox import (
     arun_python,
     num_workers,
     run_child,
+    run_python,
 )
 
 if TYPE_CHECKING:  # arealite.types imports torch, which is nothing to wait for here
@@ -68,6 +70,7 @@ class Case:
     arguments: tuple[Any, ...] = ()
     tests: tuple[str, ...] = ()
     is_wrapped: bool = False  # the expected value may stand in a list of its own
+    checker: str = ""  # a program that reads input, expected output and output, and prints 1 or 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +82,16 @@ class CodeReward:
         total_s: seconds for all cases of a program; those that are left then have failed. Give the
             workflow a larger `reward_timeout_s` when this is above 12.
         is_share: give the share of cases that pass instead, for which all have to run.
+        max_cases: of a row with more of them, run so many, evenly spread; 0: all.
     """
 
     limits: SandboxLimits = SandboxLimits()
     total_s: float = TOTAL_S
     is_share: bool = False
+    max_cases: int = 0
 
     def __call__(self, text: str, row: "Row") -> float:
-        cases = read_cases(row)
+        cases = _spread(read_cases(row), self.max_cases)
         code = program_of(text)
         if code is None:
             return 0.0
@@ -184,10 +189,33 @@ def run_case(code: str, case: Case, limits: SandboxLimits) -> bool:
         raise DataError(f"Tests cannot run in the sandbox: {result.stderr[-200:]}")
     if result.status != "ok":
         return False
+    if case.mode == "program" and case.checker:
+        return _is_accepted(result.stdout, case, limits)
     if case.mode == "program":
         return is_same_output(result.stdout, case.expected)
     told = _behind(mark, result)
     return told is not None and (case.mode == "tests" or _is_value(told, case))
+
+
+_CHECK = """
+import sys
+for name, text in {files!r}.items():
+    with open(name, "w") as file:
+        file.write(text)
+sys.argv = ["checker.py", *{files!r}]
+exec(compile({checker!r}, "checker.py", "exec"), {{"__name__": "__main__"}})
+"""
+
+
+def _is_accepted(said: str, case: Case, limits: SandboxLimits) -> bool:
+    """Whether the checker of a row prints 1 for this output; one that fails cannot read it."""
+    files = {
+        "input.txt": case.stdin,
+        "correct_output.txt": case.expected,
+        "solution_output.txt": said,
+    }
+    result = run_python(_CHECK.format(files=files, checker=case.checker), limits=limits)
+    return result.status == "ok" and result.stdout.split()[-1:] in (["1"], ["1.0"], ["True"])
 
 
 def _is_value(told: str, case: Case) -> bool:
@@ -288,12 +316,19 @@ def read_cases(row: "Row") -> list[Case]:
     return cases
 
 
+def _spread(cases: list[Case], count: int) -> list[Case]:
+    """At most so many of the cases, the first among them; 0: all."""
+    chosen = min(count, len(cases)) or len(cases)
+    return [cases[index * len(cases) // chosen] for index in range(chosen)]
+
+
 def _listed(row: "Row") -> Iterator[Case]:
     for name in ("tests", "official_tests", "examples"):
         for test in _json(row.get(name) or []):
             if test.get("testtype", "stdin") != "stdin":
                 raise ValueError("calls of functions belong into public_test_cases")
-            yield _stdin_case(test["input"], test["output"])
+            case = _stdin_case(test["input"], test["output"])
+            yield replace(case, checker=row.get("generated_checker") or "")
 
 
 def _code_contests(row: "Row") -> Iterator[Case]:

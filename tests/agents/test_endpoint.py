@@ -38,6 +38,7 @@ def test_answers_whoever_has_the_key_of_the_episode(serve: Serve):
     assert ask(episode.base_url, episode.api_key) == "Hello"
 
 
+@pytest.mark.fault(69, "a wrong key, and that of another episode")
 def test_refuses_a_wrong_key_and_that_of_another_episode(serve: Serve):
     episode, other = serve(["a"]).episode, serve(["b"]).episode
     for key in ("sk-wrong", other.api_key, f"{episode.api_key}x", "ключ".encode().decode("latin1")):
@@ -45,6 +46,7 @@ def test_refuses_a_wrong_key_and_that_of_another_episode(serve: Serve):
             ask(episode.base_url, key)
 
 
+@pytest.mark.fault(69, "each path without a key")
 @pytest.mark.parametrize("header", [None, "", "Bearer", "Bearer ", "Basic abc", "Bearer \xff"])
 @pytest.mark.parametrize("path", ["/chat/completions", "/reward", "/no/such/path"])
 def test_refuses_a_call_without_a_key(serve: Serve, header: str | None, path: str):
@@ -60,6 +62,7 @@ def test_refuses_a_call_without_a_key(serve: Serve, header: str | None, path: st
     assert asyncio.run(post()) == (401, "invalid_api_key")
 
 
+@pytest.mark.fault(69, "the key of an episode that is over")
 def test_refuses_an_episode_that_is_over_and_one_that_never_was(endpoint: Endpoint):
     episode = Episode(ScriptedEngine(["a", "b"]), TOKENIZER, SAMPLING)
     with served(endpoint, episode):
@@ -105,6 +108,7 @@ def test_many_episodes_at_once_know_nothing_of_each_other(serve: Serve):
 # --- Clients that go away -------------------------------------------------------------------------
 
 
+@pytest.mark.fault(70, "a client goes away in the middle of a call")
 @pytest.mark.parametrize("is_streamed", [False, True])
 def test_a_call_that_its_client_gives_up_is_aborted_and_not_trained_on(
     serve: Serve, is_streamed: bool
@@ -186,6 +190,7 @@ def test_a_failure_of_the_engine_is_an_error_of_the_server_and_is_not_asked_agai
     assert each.episode.failure is engine.error
 
 
+@pytest.mark.fault(71, "the engine fails once, and the agent asks again")
 def test_a_failure_that_was_overcome_is_none(serve: Serve):
     each = serve(BrokenEngine(ServerError("busy"), ["now"], failures=1))
     with pytest.raises(openai.InternalServerError):

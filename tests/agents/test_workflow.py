@@ -210,6 +210,7 @@ def test_an_agent_that_asks_nothing_is_told_where_to_ask():
         run(lazy)
 
 
+@pytest.mark.fault(71, "the engine fails, whether the agent catches that or not")
 @pytest.mark.parametrize("catches", [False, True])
 def test_a_failure_of_the_engine_is_that_of_the_episode(catches: bool):
     async def agent(episode: Episode, row: Row) -> float:

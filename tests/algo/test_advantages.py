@@ -108,3 +108,29 @@ def test_parts_of_conversations_that_are_equally_good_have_no_advantage_in_units
     parts = [replace(trajectory(reward), sample=0) for reward in (0.0, 1.0)]
     other = replace(trajectory(0.5), sample=1)
     assert group_advantages([[*parts, other]], divide_by_std=True) == [[0.0] * 3]
+
+
+def part(sample: int, num_tokens: int, *rewards: tuple[int, float]) -> Trajectory:
+    return replace(steps_of(num_tokens, *rewards), sample=sample)
+
+
+def test_the_parts_of_one_conversation_follow_each_other():
+    first, second = part(0, 2, (1, 1.0)), part(0, 2, (2, 0.0))
+    other = part(1, 1, (1, 0.5))
+    # The mean of 1, 0 and .5 is .5. Behind the first step there is only the last one.
+    assert step_advantages([[first, second, other]]) == [
+        [[0.0, 0.0, -0.5], [0.0, -0.5, -0.5], [0.0, 0.0]]
+    ]
+
+
+def test_a_part_without_a_step_of_its_own_answers_for_those_that_follow():
+    whole = [part(0, 2), part(0, 1, (1, 1.0)), part(1, 1, (1, 0.0))]
+    assert step_advantages([whole]) == [[[0.0, 0.5, 0.5], [0.0, 0.5], [0.0, -0.5]]]
+
+
+def test_a_conversation_in_parts_without_steps_is_one_step_of_the_mean():
+    parts = [replace(trajectory(1.0), sample=0) for _ in range(3)]
+    group_of_two = [*parts, replace(trajectory(0.0), sample=1)]
+    [outcome] = group_advantages([group_of_two])
+    [steps] = step_advantages([group_of_two])
+    assert [tokens[-1] for tokens in steps] == outcome == [0.5, 0.5, 0.5, -0.5]

@@ -97,6 +97,31 @@ def test_any_bytes_as_a_file_give_rows_or_a_data_error(tmp_path: Path, content: 
             assert rows and all(row["question"] and row["answer"] for row in rows)
 
 
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2 + 2?"}]
+
+
+def test_a_question_may_be_a_list_of_messages(tmp_path: Path):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"question": MESSAGES, "answer": "4"}))
+    assert load_rows(str(path), split="train") == [{"question": MESSAGES, "answer": "4"}]
+
+
+@pytest.mark.parametrize(
+    ("messages", "problem"),
+    [
+        ([], "'question' is of type list; it must be a string"),
+        (["2 + 2?"], "'question' is of type list; it must be a string"),
+        ([{"role": "user"}], "'question' is of type list; it must be a string"),
+        ([*MESSAGES, {"role": "user", "content": " "}], "'question' message 2: is empty"),
+    ],
+)
+def test_a_list_that_is_none_of_messages_is_named(tmp_path: Path, messages: list, problem: str):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"question": messages, "answer": "4"}))
+    with pytest.raises(DataError, match=f"line 1: {problem}"):
+        load_rows(str(path), split="train")
+
+
 def test_a_json_file_with_one_list_counts_its_rows_from_1(tmp_path: Path):
     path = write(tmp_path, f"[{GOOD},\n {GOOD}]", "train.json")
     assert load_rows(path, split="train") == [json.loads(GOOD)] * 2

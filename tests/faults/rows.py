@@ -201,4 +201,24 @@ ROWS: dict[int, Row] = {
         "Somebody restarts a server, so that it has its first weights",
         "Noticed by its version, and given the weights before it serves.",
     ),
+    69: Row(
+        "Somebody without the key of an episode calls the endpoint for agents",
+        "401, whatever is asked for; the key ends with the episode.",
+    ),
+    70: Row(
+        "An agent gives up a call, or goes on after its episode",
+        "What is sampled for it is aborted, and nothing of it is trained on.",
+    ),
+    71: Row(
+        "The engine fails, and an agent makes something of it",
+        "The episode fails with the engine's error, unless a later call was answered.",
+    ),
+    72: Row(
+        "A workflow calls tokens sampled that the engine did not sample there",
+        "The row fails, and the error names the token.",
+    ),
+    73: Row(
+        "A program that a model wrote takes too much, or attacks",
+        "It ends within its limit and a second; what runs beside it passes.",
+    ),
 }

@@ -33,4 +33,5 @@ def test_the_page_has_a_test_for_every_fault():
 def test_the_faults_are_those_that_were_planned():
     servers, replies, updates = range(1, 11), range(11, 24), (36, 37, 66, 67, 68)
     rewards, rows, limits = range(40, 46), range(46, 55), (57, 60, 61, 63, 64, 65)
-    assert set(ROWS) == {*servers, *replies, *updates, *rewards, *rows, *limits}
+    agents = range(69, 74)
+    assert set(ROWS) == {*servers, *replies, *updates, *rewards, *rows, *limits, *agents}

@@ -224,6 +224,41 @@ def test_values_of_their_own_types_count_as_what_they_derive_from():
     assert code_reward(block(code), {"test_list": ["assert f(0) == {'a': [0, (1, {2})]}"]}) == 1.0
 
 
+CHECKER = """
+import sys
+given, correct, said = (open(path).read().split() for path in sys.argv[1:])
+print(int(sum(map(int, said)) == int(given[0]) and len(said) == len(correct)))
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "reward"),
+    [
+        ("n = int(input())\nprint(1, n - 1)", 1.0),
+        ("n = int(input())\nprint(n)\nprint(0)", 1.0),
+        ("n = int(input())\nprint(n, 1)", 0.0),
+        ("print('a', 'b')", 0.0),
+        ("raise SystemExit(1)", 0.0),
+    ],
+)
+def test_where_several_outputs_are_right_the_checker_of_a_row_says_which(code: str, reward: float):
+    """Split a number into two."""
+    tests = [{"input": "5\n", "output": "2 3"}, {"input": "4\n", "output": "2 2"}]
+    row: Row = {"official_tests": tests, "generated_checker": CHECKER}
+    assert code_reward(block(code), row) == reward
+    assert code_reward(block(code), row | {"generated_checker": None}) == 0.0
+
+
+def test_of_many_cases_a_few_may_be_run():
+    row: Row = {"tests": [{"input": "", "output": str(number)} for number in range(10)]}
+    passing = {
+        number: CodeReward(max_cases=4, is_share=True)(block(f"print({number})"), row)
+        for number in range(10)
+    }
+    assert [number for number, share in passing.items() if share == 0.25] == [0, 2, 5, 7]
+    assert CodeReward(max_cases=99, is_share=True)(block("print(9)"), row) == 0.1
+
+
 def test_all_cases_together_have_a_limit():
     row = {"tests": [{"input": "", "output": "1"}] * 50}
     reward = CodeReward(limits=SandboxLimits(timeout_s=0.5), total_s=1.0, is_share=True)

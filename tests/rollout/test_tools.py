@@ -270,3 +270,73 @@ def test_no_text_is_an_error(text: str, call_format: CallFormat):
     message = parsed(text, call_format)
     assert isinstance(message["content"], str)
     assert all(call["function"]["name"] for call in message.get("tool_calls", []))
+
+
+def test_two_tools_of_one_name_are_refused():
+    with pytest.raises(ConfigError, match=r"name of its own; there are multiply, multiply\.$"):
+        Tools([multiply, multiply])
+
+
+def speak(length: int) -> str:
+    """Say much.
+
+    Args:
+        length: How much.
+    """
+    return "x" * length
+
+
+def test_a_long_result_is_cut_and_says_so():
+    short, long = answers(
+        call_of("speak", {"length": 9}),
+        call_of("speak", {"length": 10**6}),
+        tools=Tools([speak], max_chars=9),
+    )
+    assert short == "x" * 9
+    assert long == "x" * 9 + "\n[cut: the first 9 of 1000000 characters]"
+
+
+async def wait(seconds: float) -> str:
+    """Wait.
+
+    Args:
+        seconds: How long.
+    """
+    await asyncio.sleep(seconds)
+    return "done"
+
+
+def test_a_tool_may_have_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch):
+    slow = call_of("wait", {"seconds": 0.05})
+    tools = Tools([wait], timeout_s=0.01)
+    assert answers(slow, tools=tools) == ["Error: wait took longer than 0.01 s."]
+    monkeypatch.setattr(wait, "timeout_s", None, raising=False)
+    assert answers(slow, tools=tools) == ["done"]
+
+
+async def give_up() -> str:
+    """Give up."""
+    raise TimeoutError("the shop did not answer")
+
+
+def test_the_deadline_of_a_tool_itself_is_told_as_what_it_is():
+    told = answers(call_of("give_up", {}), tools=Tools([give_up]))
+    assert told == ["Error: TimeoutError: the shop did not answer"]
+
+
+@pytest.mark.parametrize(
+    ("text", "is_call"),
+    [
+        ('{"name": "Ada", "age": 36}', False),
+        ('{"name": "multiply"}', True),
+        ('{"name": "divide", "arguments": {}}', True),  # and then told that there is none
+        ('[{"name": "multiply"}, 3]', False),
+        ('{"name": ["multiply"]}', False),
+    ],
+)
+def test_an_answer_in_json_is_a_call_only_with_arguments_or_the_name_of_a_tool(
+    text: str, is_call: bool
+):
+    message = parsed(text, "json")
+    assert ("tool_calls" in message) == is_call
+    assert is_call or message["content"] == text

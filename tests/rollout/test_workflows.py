@@ -6,8 +6,9 @@ import re
 import pytest
 
 from arealite.algo.advantages import group_advantages, step_advantages
-from arealite.errors import ConfigError, RewardError
+from arealite.errors import ConfigError, PromptTooLongError, RewardError
 from arealite.rewards.math import gsm8k_reward
+from arealite.rollout.chat_template import Message
 from arealite.rollout.workflows import (
     ChatWorkflow,
     MultiTurnWorkflow,
@@ -200,6 +201,84 @@ def test_a_conversation_that_fills_the_context_ends_where_it_is():
     [trajectory] = episode(with_tool(max_turns=9), engine)
     assert trajectory.finish_reason == "context"
     assert trajectory.metrics["turns"] < 9
+
+
+def test_a_second_try_that_does_not_fit_into_the_context_leaves_the_first():
+    workflow = MultiTurnWorkflow(
+        byte_tokenizer(), gsm8k_reward, SamplingParams(), feedback="No. " * 60, max_turns=9
+    )
+    engine = ScriptedEngine(replies=["#### 25"] * 9, max_model_len=200)
+    [trajectory] = episode(workflow, engine)
+    assert trajectory.finish_reason == "context"
+    assert trajectory.metrics == {"turns": 1.0, "reward_turn_1": 0.0}
+
+
+def test_a_question_that_does_not_fit_is_an_error():
+    engine = ScriptedEngine(replies=["#### 24"], max_model_len=20)
+    with pytest.raises(PromptTooLongError):
+        episode(MultiTurnWorkflow(byte_tokenizer(), gsm8k_reward, SamplingParams()), engine)
+
+
+MESSAGES = [
+    {"role": "user", "content": "Hello."},
+    {"role": "assistant", "content": "Hi."},
+    {"role": "user", "content": "Half of 48?"},
+]
+
+
+@pytest.mark.parametrize(
+    ("system_prompt", "messages", "roles"),
+    [
+        ("", MESSAGES, ["user", "assistant", "user"]),
+        ("Be brief.", MESSAGES, ["system", "user", "assistant", "user"]),
+        ("Be brief.", [{"role": "system", "content": "Sing."}, *MESSAGES[:1]], ["system", "user"]),
+    ],
+)
+def test_a_question_may_be_a_list_of_messages(
+    system_prompt: str, messages: list[Message], roles: list[str]
+):
+    workflow = SingleTurnWorkflow(
+        byte_tokenizer(), gsm8k_reward, SamplingParams(), system_prompt=system_prompt
+    )
+    engine = ScriptedEngine(replies=["#### 24"])
+    asyncio.run(workflow.arun_episode(engine, ROW | {"question": messages}))
+    prompt = byte_tokenizer().decode(engine.requests[0].token_ids)
+    assert re.findall(r"<\|im_start\|>(\w+)", prompt) == [*roles, "assistant"]
+    assert messages[0]["content"] in prompt
+
+
+class Shelf:
+    """What one conversation has put away."""
+
+    def __init__(self, row: Row) -> None:
+        self.things: list[str] = [row["given"]]
+
+    def put(self, thing: str) -> str:
+        """Put a thing on the shelf.
+
+        Args:
+            thing: The thing.
+        """
+        self.things.append(thing)
+        return " and ".join(self.things)
+
+
+def test_tools_may_be_made_for_each_conversation():
+    workflow = ToolWorkflow(
+        byte_tokenizer(),
+        gsm8k_reward,
+        SamplingParams(),
+        tools=lambda row: [Shelf(row).put],
+        call_format="json",
+        group_size=2,
+    )
+    call = '{"name": "put", "arguments": {"thing": "a cup"}}'
+    engine = ScriptedEngine(replies=[call, "#### 24"])
+    group = asyncio.run(workflow.arun_episode(engine, ROW | {"given": "a jug"}))
+    for trajectory in group:
+        text = byte_tokenizer().decode(trajectory.token_ids)
+        assert "a jug and a cup<|im_end|>" in text
+        assert trajectory.metrics["tool_calls"] == 1.0
 
 
 REWRITES = (
