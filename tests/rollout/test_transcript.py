@@ -246,3 +246,10 @@ def test_a_branch_does_not_take_the_answer_to_a_request_of_the_other():
     chat.add_response(answer)
     with pytest.raises(TrajectoryError, match="answered to the last request"):
         branch.add_response(answer)
+
+
+def test_nothing_as_a_response_is_told_where_it_comes_from():
+    chat = Transcript(byte_tokenizer(), [{"role": "user", "content": "Hi"}])
+    chat.request(SamplingParams())
+    with pytest.raises(TrajectoryError, match=r"add_response got None\. .* ChatWorkflow\.ask ret"):
+        chat.add_response(None)  # type: ignore[arg-type]
