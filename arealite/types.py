@@ -23,8 +23,10 @@ FinishReason = Literal["stop", "length", "context", "abort"]
 OWN_METRICS = (
     *("reward", "raw_reward", "response_length", "response_length_max", "tokens"),
     *("truncated_share", "context_share", "staleness_mean", "staleness_max"),
+    *("staleness_share", "oldest_token_share"),
 )
-"""Names that every run logs as `rollout/NAME`, so that no `Trajectory.metrics` may have them."""
+"""Names that every run logs as `rollout/NAME`, so that no `Trajectory.metrics` may have them; nor
+those that begin as the last two do, with a share per age."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +112,7 @@ class Trajectory:
     step_rewards: tuple[tuple[int, float], ...] = ()  # last token of a step, and the step's reward
     metrics: dict[str, float] = field(default_factory=dict)  # such as turns; see rollout_metrics
     sample: int = -1  # of its group; parts of one conversation share it. -1: no other has its own
+    thread: int = -1  # of its sample; parts of one follow each other, others stand beside them
     earlier: "tuple[Trajectory, ...]" = ()  # of its conversation, before the history was rewritten
 
     @property

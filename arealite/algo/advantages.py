@@ -4,6 +4,8 @@ A group is the trajectories sampled from one prompt; groups may differ in size.
 """
 
 import math
+from collections.abc import Iterable
+from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 
 from arealite.types import Trajectory
@@ -38,9 +40,9 @@ def step_advantages(
     """One advantage for each token of each trajectory: the centered rewards of what it led to.
 
     Centered is a step's reward less the mean of all step rewards of the group. A token gets the sum
-    over the steps that end with it or later; so early tokens answer for all that follows. The parts
-    of one conversation follow each other. If no step of it was rewarded, it is one step, with the
-    reward of the whole.
+    over the steps that end with it or later; so early tokens answer for all that follows, also in
+    later parts of their thread. A thread of which no step was rewarded is one step, with the reward
+    of the whole, which counts once for each conversation.
 
     Args:
         groups: per prompt, the trajectories sampled from it, with their `step_rewards`.
@@ -51,34 +53,61 @@ def step_advantages(
     return [_step_advantages(group, divide_by_std) for group in groups]
 
 
+@dataclass(frozen=True, slots=True)
+class _Thread:
+    """Parts of a conversation that follow each other."""
+
+    parts: list[int]  # places in the group
+    steps: list[tuple[int, float]]  # last token, counted over all parts, and reward
+    is_one_step: bool  # no step was rewarded, so the whole is one
+
+
 def _step_advantages(group: list[Trajectory], divide_by_std: bool) -> list[list[float]]:
-    samples = _samples(group)
-    steps = [_steps([group[index] for index in sample]) for sample in samples]
-    rewards = [reward for each in steps for _, reward in each]
-    centered = iter(_centered(rewards, rewards, divide_by_std))
+    samples = [_threads(group, sample) for sample in _samples(group)]
+    basis: list[float] = []
+    for threads in samples:
+        once = [thread for thread in threads if thread.is_one_step][:1]
+        for thread in [thread for thread in threads if not thread.is_one_step] + once:
+            basis += [reward for _, reward in thread.steps]
+    threads = list(chain.from_iterable(samples))
+    rewards = [reward for thread in threads for _, reward in thread.steps]
+    centered = iter(_centered(rewards, basis, divide_by_std))
     advantages: list[list[float]] = [[] for _ in group]
-    for sample, each in zip(samples, steps, strict=True):
-        masks = [group[index].loss_mask for index in sample]
+    for thread in threads:
+        masks = [group[part].loss_mask for part in thread.parts]
         gained = dict.fromkeys(range(sum(map(len, masks))), 0.0)
-        gained |= {place: next(centered) for place, _ in each}
+        gained |= {place: next(centered) for place, _ in thread.steps}
         to_go = reversed(list(accumulate(reversed(gained.values()))))
-        for index, mask in zip(sample, masks, strict=True):
+        for part, mask in zip(thread.parts, masks, strict=True):
             values = zip(islice(to_go, len(mask)), mask, strict=True)
-            advantages[index] = [value if is_sampled else 0.0 for value, is_sampled in values]
+            advantages[part] = [value if is_sampled else 0.0 for value, is_sampled in values]
     return advantages
 
 
-def _steps(parts: list[Trajectory]) -> list[tuple[int, float]]:
-    """Last token and reward of each step of a conversation, counted over all of its parts."""
+def _threads(group: list[Trajectory], sample: list[int]) -> list[_Thread]:
+    """The threads of a conversation."""
+    reward = _mean([group[part].reward for part in sample])
+    threads: list[_Thread] = []
+    for parts in _gathered(sample, [group[part].thread for part in sample]):
+        trajectories = [group[part] for part in parts]
+        steps = _rewarded_steps(trajectories)
+        whole = [(_last_sampled(trajectories), reward)]
+        threads.append(_Thread(parts, steps or whole, is_one_step=not steps))
+    return threads
+
+
+def _rewarded_steps(parts: list[Trajectory]) -> list[tuple[int, float]]:
     starts = accumulate((len(part.token_ids) for part in parts), initial=0)
-    steps = [
+    return [
         (start + place, reward)
         for start, part in zip(starts, parts, strict=False)
         for place, reward in part.step_rewards
     ]
+
+
+def _last_sampled(parts: list[Trajectory]) -> int:
     sampled = list(chain.from_iterable(part.loss_mask for part in parts))
-    last = len(sampled) - 1 - sampled[::-1].index(True)
-    return steps or [(last, _mean([part.reward for part in parts]))]
+    return len(sampled) - 1 - sampled[::-1].index(True)
 
 
 def _sample_rewards(group: list[Trajectory]) -> list[float]:
@@ -88,11 +117,15 @@ def _sample_rewards(group: list[Trajectory]) -> list[float]:
 
 def _samples(group: list[Trajectory]) -> list[list[int]]:
     """Of each conversation, where its parts are in the group."""
-    samples: dict[int, list[int]] = {}
-    for index, trajectory in enumerate(group):
-        is_alone = trajectory.sample < 0
-        samples.setdefault(~index if is_alone else trajectory.sample, []).append(index)
-    return list(samples.values())
+    return _gathered(range(len(group)), [trajectory.sample for trajectory in group])
+
+
+def _gathered(indices: Iterable[int], keys: list[int]) -> list[list[int]]:
+    """The indices of each key together; one below 0 is the key of nobody else."""
+    gathered: dict[int, list[int]] = {}
+    for index, key in zip(indices, keys, strict=True):
+        gathered.setdefault(key if key >= 0 else ~index, []).append(index)
+    return list(gathered.values())
 
 
 def _centered(rewards: list[float], basis: list[float], divide_by_std: bool) -> list[float]:

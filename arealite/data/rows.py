@@ -46,7 +46,8 @@ def load_rows(
             one such file, which then serves every split; or a Hub id. `id:config` picks a
             configuration; without it the only one is taken, or `main`, or `default`.
         split: `train`, `test`, or what else the data set has.
-        required: keys that must hold a non-empty string in every row, or a list of messages.
+        required: keys that must hold a non-empty string in every row; `question` may also hold a
+            list of messages, for a conversation that has begun.
         max_malformed: so many rows may be unusable; they are left out, and the log says why.
 
     Raises DataError that names the file and the row (from 1; in JSON Lines, the line).
@@ -182,17 +183,15 @@ def _checked(row: object, place: str, required: tuple[str, ...]) -> Row:
             raise DataError(
                 f"{place} has no {key!r}. Its keys: {', '.join(map(repr, row)) or 'none'}."
             )
-        problem = _problem_with(row[key])
+        is_conversation = key == "question" and isinstance(row[key], list)
+        problem = (_problem_with_messages if is_conversation else _problem_with)(row[key])
         if problem:
             raise DataError(f"{place}: {key!r} {problem}.")
     return row
 
 
 def _problem_with(value: object) -> str | None:
-    """What keeps a field from being text that a model can read, or messages; or None."""
-    if isinstance(value, list) and value and all(map(_is_message, value)):
-        problems = ((place, _problem_with(each["content"])) for place, each in enumerate(value))
-        return next((f"message {place}: {problem}" for place, problem in problems if problem), None)
+    """What keeps a field from being text that a model can read, or None."""
     if not isinstance(value, str):
         return f"is of type {type(value).__name__}; it must be a string"
     if not value.strip():
@@ -204,8 +203,22 @@ def _problem_with(value: object) -> str | None:
     return None
 
 
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and {"role", "content"} <= value.keys()
+def _problem_with_messages(messages: list[object]) -> str | None:
+    """What keeps a list from being the beginning of a conversation, or None."""
+    if not messages:
+        return "is empty"
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            return (
+                f"is of type list and has no message with a role at place {number}: {message!r:.80}"
+            )
+        # A call of a tool may stand alone, and a tool may say nothing.
+        may_be_empty = message["role"] == "tool" or message.get("tool_calls")
+        content = message.get("content")
+        problem = None if may_be_empty and not content else _problem_with(content)
+        if problem:
+            return f"has a message at place {number} whose content {problem}"
+    return None
 
 
 def _read_hub(dataset: str, split: str) -> Iterator[tuple[str, object]]:

@@ -33,7 +33,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from arealite.errors import DataError
+from arealite.errors import ConfigError, DataError
 from arealite.rewards.sandbox import (
     TESTS_LACK_A_MODULE,
     SandboxLimits,
@@ -49,6 +49,8 @@ if TYPE_CHECKING:  # arealite.types imports torch, which is nothing to wait for 
 
 TOLERANCE = 1e-6
 """Relative and absolute, of numbers with a decimal point or exponent."""
+MIN_S = 0.05
+"""For a program, however little time is left."""
 TOTAL_S = 12.0
 """For all cases of a program together; less than the limit of a reward, 15 s."""
 
@@ -89,6 +91,10 @@ class CodeReward:
     total_s: float = TOTAL_S
     is_share: bool = False
     max_cases: int = 0
+
+    def __post_init__(self) -> None:
+        if self.max_cases < 0:
+            raise ConfigError(f"CodeReward.max_cases={self.max_cases} must be 0 or more.")
 
     def __call__(self, text: str, row: "Row") -> float:
         cases = _spread(read_cases(row), self.max_cases)
@@ -155,11 +161,9 @@ def run_cases(code: str, cases: list[Case], reward: CodeReward) -> list[bool]:
 
     def passes(case: Case) -> bool:
         nonlocal failed
-        left_s = until_s - time.monotonic()
-        if left_s <= 0 or (failed and not reward.is_share):
+        if time.monotonic() >= until_s or (failed and not reward.is_share):
             return False
-        limits = replace(reward.limits, timeout_s=min(reward.limits.timeout_s, left_s))
-        is_right = run_case(code, case, limits)
+        is_right = run_case(code, case, reward.limits, until_s)
         failed = failed or not is_right
         return is_right
 
@@ -167,8 +171,11 @@ def run_cases(code: str, cases: list[Case], reward: CodeReward) -> list[bool]:
         return list(pool.map(passes, cases))
 
 
-def run_case(code: str, case: Case, limits: SandboxLimits) -> bool:
+def run_case(code: str, case: Case, limits: SandboxLimits, until_s: float = math.inf) -> bool:
     """Whether a program passes one case.
+
+    Args:
+        until_s: when all has to be over, on the clock of `time.monotonic`.
 
     Raises:
         DataError: the tests import what the sandbox does not have, so that no program passes.
@@ -181,6 +188,7 @@ def run_case(code: str, case: Case, limits: SandboxLimits) -> bool:
         "tests": case.tests,
         "entry_point": case.function,
     }
+    limits = _until(until_s, limits)
     if isinstance(case.expected, str):
         output_bytes = max(limits.output_bytes, 2 * len(case.expected.encode()))
         limits = replace(limits, output_bytes=output_bytes)
@@ -189,10 +197,9 @@ def run_case(code: str, case: Case, limits: SandboxLimits) -> bool:
         raise DataError(f"Tests cannot run in the sandbox: {result.stderr[-200:]}")
     if result.status != "ok":
         return False
-    if case.mode == "program" and case.checker:
-        return _is_accepted(result.stdout, case, limits)
     if case.mode == "program":
-        return is_same_output(result.stdout, case.expected)
+        is_same = is_same_output(result.stdout, case.expected)
+        return is_same or bool(case.checker and _is_accepted(result.stdout, case, limits, until_s))
     told = _behind(mark, result)
     return told is not None and (case.mode == "tests" or _is_value(told, case))
 
@@ -207,15 +214,35 @@ exec(compile({checker!r}, "checker.py", "exec"), {{"__name__": "__main__"}})
 """
 
 
-def _is_accepted(said: str, case: Case, limits: SandboxLimits) -> bool:
-    """Whether the checker of a row prints 1 for this output; one that fails cannot read it."""
+def _is_accepted(said: str, case: Case, limits: SandboxLimits, until_s: float) -> bool:
+    """Whether the checker of a row prints 1, and nothing else, for this output.
+
+    Raises:
+        DataError: it fails on the expected output as well, so that it would accept no program.
+    """
+    result = _checked(said, case, _until(until_s, limits))
+    if result.status == "error":  # it cannot read this output, or it cannot run at all
+        alone = _checked(case.expected, case, _until(until_s, limits))
+        if alone.status == "error":
+            problem = _last_lines(alone.stderr, 1)
+            raise DataError(f"The generated_checker of a row fails in the sandbox: {problem}")
+    return result.status == "ok" and result.stdout.strip() in ("1", "1.0", "True")
+
+
+def _checked(said: str, case: Case, limits: SandboxLimits) -> SandboxResult:
+    """How the checker of a row takes an output."""
     files = {
         "input.txt": case.stdin,
         "correct_output.txt": case.expected,
         "solution_output.txt": said,
     }
-    result = run_python(_CHECK.format(files=files, checker=case.checker), limits=limits)
-    return result.status == "ok" and result.stdout.split()[-1:] in (["1"], ["1.0"], ["True"])
+    return run_python(_CHECK.format(files=files, checker=case.checker), limits=limits)
+
+
+def _until(until_s: float, limits: SandboxLimits) -> SandboxLimits:
+    """The limits, within the time that is left."""
+    left_s = max(MIN_S, until_s - time.monotonic())
+    return replace(limits, timeout_s=min(limits.timeout_s, left_s))
 
 
 def _is_value(told: str, case: Case) -> bool:
@@ -294,11 +321,11 @@ def read_cases(row: "Row") -> list[Case]:
         "private_test_cases": _live_code_bench,
         "public_tests": _code_contests,
         "private_tests": _code_contests,
-        "generated_tests": _code_contests,
         "input_output": _inputs_and_outputs,
         "test_list": _asserts,
         "test": _check,
         "examples": _listed,
+        "generated_tests": _code_contests,
     }
     present = [name for name in readers if row.get(name)]
     try:
@@ -334,6 +361,8 @@ def _listed(row: "Row") -> Iterator[Case]:
 def _code_contests(row: "Row") -> Iterator[Case]:
     for name in ("public_tests", "private_tests", "generated_tests"):
         tests = _json(row.get(name) or {"input": [], "output": []})
+        if isinstance(tests, int):  # how many there are, in rows of Codeforces
+            continue
         for given, expected in zip(tests["input"], tests["output"], strict=True):
             yield _stdin_case(given, expected)
 

@@ -4,22 +4,26 @@ Each trajectory is looked at alone, and beside what the engine says it has sampl
 """
 
 import inspect
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import compress
-from numbers import Real
+from typing import SupportsFloat
 
 from arealite.errors import TrajectoryError
 from arealite.rollout.witness import Witness
 from arealite.types import OWN_METRICS, Trajectory
 
+_next_sample = itertools.count()
+
 
 def flattened(samples: Sequence[Trajectory]) -> list[Trajectory]:
     """The trajectories of a group, with the earlier parts of each conversation before its last."""
     return [
-        replace(part, sample=index if sample.sample < 0 else sample.sample, earlier=())
-        for index, sample in enumerate(samples)
+        replace(part, sample=number, earlier=())
+        for sample in samples
+        for number in [sample.sample if sample.sample >= 0 else next(_next_sample)]
         for part in (*sample.earlier, sample)
     ]
 
@@ -44,8 +48,7 @@ def check_group(group: list[Trajectory], workflow: str, witness: Witness) -> lis
         raise TrajectoryError(
             f"{name} returned {what}. Return a list of Trajectory, or None to reject the row."
         )
-    if any(trajectory.earlier for trajectory in group):
-        group = flattened(group)
+    group = flattened(group)
     for trajectory in group:
         if problem := problem_with(trajectory, witness.version):
             raise TrajectoryError(f"{name} returned {problem}.")
@@ -54,7 +57,23 @@ def check_group(group: list[Trajectory], workflow: str, witness: Witness) -> lis
                 f"{name} returned {problem}. Build trajectories with Transcript, which keeps "
                 "tokens, masks, log-probs and versions aligned."
             )
-    return group
+    numbers = {
+        sample: number for number, sample in enumerate(dict.fromkeys(t.sample for t in group))
+    }
+    return [_with_floats(trajectory, numbers[trajectory.sample]) for trajectory in group]
+
+
+def _with_floats(trajectory: Trajectory, sample: int) -> Trajectory:
+    """With numbers of Python, whatever numbers the workflow had."""
+    raw = trajectory.raw_reward
+    return replace(
+        trajectory,
+        sample=sample,
+        reward=float(trajectory.reward),
+        raw_reward=None if raw is None else float(raw),
+        step_rewards=tuple((int(end), float(step)) for end, step in trajectory.step_rewards),
+        metrics={name: float(value) for name, value in trajectory.metrics.items()},
+    )
 
 
 def problem_with(trajectory: Trajectory, version: int) -> str:
@@ -103,10 +122,13 @@ def _problem_with_metrics(trajectory: Trajectory) -> str:
     for name, value in trajectory.metrics.items():
         if not _is_finite(value):
             return f"the metric {name}={value!r:.80}, which is not a finite number"
-        if name in OWN_METRICS:
+        if name in OWN_METRICS or name.startswith(OWN_METRICS[-2:]):
             return f"a metric {name!r}, which is what every run logs as `rollout/{name}`"
     return ""
 
 
 def _is_finite(value: object) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    try:
+        return isinstance(value, SupportsFloat) and math.isfinite(float(value))
+    except (TypeError, ValueError, OverflowError, RuntimeError):  # such as a tensor of several
+        return False

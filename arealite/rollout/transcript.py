@@ -46,7 +46,7 @@ class Transcript:
         is_template = isinstance(template, ChatTemplate)
         self._template = template if is_template else ChatTemplate(template)
         self._reward_timeout_s = reward_timeout_s
-        self._conversation = next(_next_conversation)
+        self._conversation = self._thread = next(_next_conversation)
         self._messages, self._rendered = list(messages), list(messages)
         self.is_full = False
         """Whether the next request did not fit into the model's context; the trajectory says so."""
@@ -186,7 +186,8 @@ class Transcript:
         """Reward a step of a response, beside the reward of the whole; the latest word counts.
 
         Args:
-            end: number of tokens of the response after which the step ends; None: all of them.
+            end: number of tokens of the response after which the step ends; None: all of them. In a
+                branch that does not train on it, a step counts for nothing.
             response: which one; None: the last.
         """
         for ledger in (self._answered, *reversed(self._earlier)):
@@ -205,6 +206,7 @@ class Transcript:
         """
         branch = copy(self)
         branch._open_request = None  # whose answer is for this conversation alone
+        branch._thread = self._thread if is_trained else next(_next_conversation)
         branch._messages, branch._rendered = list(self._messages), list(self._rendered)
         branch._forks = self.forks if is_trained else []
         branch._earlier = [each.copy(is_trained=True) for each in self._earlier if is_trained]
@@ -243,7 +245,8 @@ class Transcript:
         ]
         metrics = {"turns": float(self.num_turns)} | (metrics or {})
         reason = "context" if self.is_full else last.finish_reason
-        return replace(last, metrics=metrics, earlier=tuple(earlier), finish_reason=reason)
+        last = replace(last, metrics=metrics, finish_reason=reason, thread=self._thread)
+        return replace(last, earlier=tuple(replace(e, thread=self._thread) for e in earlier))
 
     async def score(self, reward: RewardFn, row: Row) -> float:
         """What the reward function says of the last response."""

@@ -1,14 +1,16 @@
 """Workflows: how one row becomes a group of episodes. Subclass `ChatWorkflow` for an agent."""
 
 import asyncio
+import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import KW_ONLY, dataclass, replace
+from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
 from arealite.api import InferenceEngine
-from arealite.errors import ConfigError, PromptTooLongError, first_cause
+from arealite.errors import ConfigError, DataError, PromptTooLongError, first_cause
 from arealite.rewards.pool import RewardFn
 from arealite.rollout.chat_template import ChatTemplate, Message
 from arealite.rollout.groups import flattened
@@ -50,8 +52,23 @@ class ChatWorkflow:
     chat_template_kwargs: dict[str, Any] | None = None
     """Variables of the chat template, such as `enable_thinking`."""
 
-    def __post_init__(self) -> None:
-        self.template = ChatTemplate(self.tokenizer, kwargs=self.chat_template_kwargs or {})
+    def __init_subclass__(cls) -> None:
+        """Raise ConfigError for what the constructor would overwrite in silence."""
+        bases = [base for base in cls.__bases__ if is_dataclass(base)]
+        settings = {field.name for base in bases for field in fields(base)}
+        hidden = settings & cls.__dict__.keys() - inspect.get_annotations(cls).keys()
+        if hidden:
+            names = ", ".join(sorted(hidden))
+            raise ConfigError(
+                f"{cls.__name__} defines {names}, which the constructor sets for each workflow. "
+                f"Give it to the constructor, or make {cls.__name__} a dataclass in which it has "
+                "a type hint."
+            )
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        """The tokenizer's template with the variables, and with the tools that all rows share."""
+        return ChatTemplate(self.tokenizer, kwargs=self.chat_template_kwargs or {})
 
     async def arun_episode(self, engine: InferenceEngine, row: Row) -> list[Trajectory] | None:
         """All conversations of the group at the same time; the first failure ends them all."""
@@ -83,9 +100,18 @@ class ChatWorkflow:
             template: another one than that of the workflow, such as with tools of its own.
         """
         is_text = isinstance(question, str)
-        messages = [{"role": "user", "content": question}] if is_text else list(question)
-        if self.system_prompt and not (messages and messages[0]["role"] == "system"):
-            messages.insert(0, {"role": "system", "content": self.system_prompt})
+        messages = [{"role": "user", "content": question}] if is_text else question
+        if (
+            not isinstance(messages, Sequence)
+            or not messages
+            or not all(isinstance(message, dict) and "role" in message for message in messages)
+        ):
+            raise DataError(
+                f"A conversation begins with {question!r:.80}. It takes a text, or a list of "
+                "messages with `role` and `content`."
+            )
+        if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
+            messages = [{"role": "system", "content": self.system_prompt}, *messages]
         return Transcript(
             template or self.template, messages, reward_timeout_s=self.reward_timeout_s
         )
@@ -137,7 +163,6 @@ class MultiTurnWorkflow(ChatWorkflow):
     `algo.advantages.step_advantages`."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_turns(self.max_turns)
 
     async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
@@ -177,18 +202,24 @@ class ToolWorkflow(ChatWorkflow):
     max_turns: int = 8
     """Responses at most."""
     tool_timeout_s: float = 30.0
-    """Limit of one call in seconds."""
+    """Limit of one call in seconds, of tools that do not say `timeout_s` themselves."""
+    max_result_chars: int = 10_000
+    """Characters of a result that the model is shown."""
     call_format: CallFormat = "auto"
     """How the model writes a call."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         check_turns(self.max_turns)
-        self._shared = None if callable(self.tools) else self._described(self.tools)
+        self._shared = None if callable(self.tools) else self._checked(self.tools)
+        if self._shared is not None:
+            self.template = replace(self.template, tools=self._shared.schemas)
 
     async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
-        tools, template = self._shared or self._described(self._tools_of(row))
-        chat = self.start(row["question"], template)
+        if self._shared is not None:
+            tools, chat = self._shared, self.start(row["question"])
+        else:
+            tools = self._made_for(row)
+            chat = self.start(row["question"], replace(self.template, tools=tools.schemas))
         num_calls = 0
         for turn in range(self.max_turns):
             response = await self.ask(engine, chat)
@@ -209,13 +240,24 @@ class ToolWorkflow(ChatWorkflow):
             chat.add_messages(await tools.answer(message))
         return await chat.finish(self.reward, row, metrics={"tool_calls": float(num_calls)})
 
-    def _tools_of(self, row: Row) -> Sequence[Callable[..., Any]]:
-        return self.tools(row) if callable(self.tools) else self.tools
+    def _made_for(self, row: Row) -> Tools:
+        assert callable(self.tools)
+        try:
+            arguments = inspect.signature(self.tools).bind(row)
+        except TypeError as error:
+            raise self._no_tools(f"a function that does not take a row ({error})") from error
+        return self._checked(self.tools(*arguments.args))
 
-    def _described(self, functions: Sequence[Callable[..., Any]]) -> tuple[Tools, ChatTemplate]:
-        """The tools, and the template that shows them to the model."""
-        tools = Tools(functions, timeout_s=self.tool_timeout_s)
-        return tools, replace(self.template, tools=tools.schemas)
+    def _checked(self, functions: object) -> Tools:
+        if not isinstance(functions, list | tuple) or not all(map(callable, functions)):
+            raise self._no_tools(f"{functions!r:.80}")
+        return Tools(functions, timeout_s=self.tool_timeout_s, max_chars=self.max_result_chars)
+
+    def _no_tools(self, found: str) -> ConfigError:
+        return ConfigError(
+            f"The tools of {type(self).__name__} are {found}. Give a list of functions, or a "
+            "function of the row that returns one."
+        )
 
 
 def check_turns(max_turns: int) -> None:

@@ -1,6 +1,7 @@
 """The calls of an episode as ledgers: what is continued, what begins anew, what is trained on."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -8,6 +9,8 @@ import pytest
 
 from arealite import background
 from arealite.agents import Episode
+from arealite.algo.advantages import step_advantages
+from arealite.rollout.groups import flattened
 from arealite.testing import ScriptedEngine
 from tests.agents.conftest import (
     SAMPLING,
@@ -291,6 +294,23 @@ def test_a_completion_can_be_rewarded_over_http_while_the_conversation_goes_on(s
     sampled_ends = [place for place in ends if trajectory.loss_mask[place]]
     assert trajectory.step_rewards == ((sampled_ends[0], 0.5), (sampled_ends[1], -1.0))
     assert each.episode.reward is None
+
+
+def test_answers_beside_each_other_are_rewarded_apart(serve: Serve):
+    each = serve(["a", "b", "c"])
+    first, second = each.ask("1"), each.ask("2")
+    last = each.ask([user("1"), first.choices[0].message, user("3")])
+    for completion, reward in ((first, -1.0), (second, 1.0), (last, 0.0)):
+        each.episode.set_reward(reward, completion_id=completion.id)
+    *beside, latest = each.trajectories()
+    group = flattened([replace(latest, earlier=tuple(beside))])
+    [advantages] = step_advantages([group])
+    gained = [
+        [value for value, is_sampled in zip(values, t.loss_mask, strict=True) if is_sampled]
+        for t, values in zip(group, advantages, strict=True)
+    ]
+    # An answer and its end token each; the third call goes on from the first.
+    assert sorted(gained, key=len) == [[1.0, 1.0], [-1.0, -1.0, 0.0, 0.0]]
 
 
 def test_the_latest_reward_of_the_episode_counts(serve: Serve):

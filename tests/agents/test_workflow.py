@@ -141,7 +141,7 @@ def test_an_agent_may_ask_several_things_at_once():
     group = run(agent, ScriptedEngine(["a", "b"]))
     assert sorted(map(sampled_text, group)) == [f"a{END}b{END}", f"b{END}", f"b{END}"]
     # Parts of one sample, so that in the mean of its group the episode counts once.
-    assert [trajectory.sample for trajectory in group] == [0, 0, 0]
+    assert len({trajectory.sample for trajectory in group}) == 1
     assert [t.metrics for t in group][2] == {"turns": 4.0, "tool_calls": 0.0, "forks": 2.0}
 
 

@@ -110,8 +110,8 @@ def test_parts_of_conversations_that_are_equally_good_have_no_advantage_in_units
     assert group_advantages([[*parts, other]], divide_by_std=True) == [[0.0] * 3]
 
 
-def part(sample: int, num_tokens: int, *rewards: tuple[int, float]) -> Trajectory:
-    return replace(steps_of(num_tokens, *rewards), sample=sample)
+def part(sample: int, num_tokens: int, *rewards: tuple[int, float], thread: int = 7) -> Trajectory:
+    return replace(steps_of(num_tokens, *rewards), sample=sample, thread=thread + 10 * sample)
 
 
 def test_the_parts_of_one_conversation_follow_each_other():
@@ -121,6 +121,18 @@ def test_the_parts_of_one_conversation_follow_each_other():
     assert step_advantages([[first, second, other]]) == [
         [[0.0, 0.0, -0.5], [0.0, -0.5, -0.5], [0.0, 0.0]]
     ]
+
+
+def test_conversations_beside_each_other_do_not_answer_for_each_other():
+    first, second = part(0, 2, (1, 1.0), thread=1), part(0, 2, (2, 0.0), thread=2)
+    # The mean is .5: what the first gained is not taken back by the second.
+    assert step_advantages([[first, second]]) == [[[0.0, 0.5, 0.0], [0.0, -0.5, -0.5]]]
+
+
+def test_threads_without_steps_are_one_step_each_and_count_once():
+    beside = [replace(part(0, 1, thread=t), reward=1.0) for t in (1, 2, 3)]
+    group_of_two = [*beside, replace(trajectory(0.0), sample=1)]
+    assert step_advantages([group_of_two]) == [[[0.0, 0.5]] * 3 + [[0.0, -0.5]]]
 
 
 def test_a_part_without_a_step_of_its_own_answers_for_those_that_follow():

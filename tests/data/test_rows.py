@@ -102,17 +102,34 @@ MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "conten
 
 def test_a_question_may_be_a_list_of_messages(tmp_path: Path):
     path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps({"question": MESSAGES, "answer": "4"}))
-    assert load_rows(str(path), split="train") == [{"question": MESSAGES, "answer": "4"}]
+    call = {"type": "function", "function": {"name": "add", "arguments": "{}"}}
+    calls = [
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": ""},
+    ]
+    rows = [{"question": each, "answer": "4"} for each in (MESSAGES, [*MESSAGES, *calls])]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert load_rows(str(path), split="train") == rows
 
 
 @pytest.mark.parametrize(
     ("messages", "problem"),
     [
-        ([], "'question' is of type list; it must be a string"),
-        (["2 + 2?"], "'question' is of type list; it must be a string"),
-        ([{"role": "user"}], "'question' is of type list; it must be a string"),
-        ([*MESSAGES, {"role": "user", "content": " "}], "'question' message 2: is empty"),
+        ([], "'question' is empty"),
+        (["2 + 2?"], "'question' is of type list and has no message with a role at place 0: '2 "),
+        (
+            [{"role": 5, "content": "a"}],
+            "'question' is of type list and has no message with a role at place 0",
+        ),
+        ([{"role": "user"}], "'question' has a message at place 0 whose content is of type None"),
+        (
+            [*MESSAGES, {"role": "user", "content": MESSAGES}],
+            "'question' has a message at place 2 whose content is of type list",
+        ),
+        (
+            [*MESSAGES, {"role": "user", "content": " "}],
+            "'question' has a message at place 2 whose content is empty",
+        ),
     ],
 )
 def test_a_list_that_is_none_of_messages_is_named(tmp_path: Path, messages: list, problem: str):

@@ -10,7 +10,7 @@ import zlib
 
 import pytest
 
-from arealite.errors import DataError, RewardError
+from arealite.errors import ConfigError, DataError, RewardError
 from arealite.rewards.code import (
     CodeReward,
     code_pass_share,
@@ -247,6 +247,46 @@ def test_where_several_outputs_are_right_the_checker_of_a_row_says_which(code: s
     row: Row = {"official_tests": tests, "generated_checker": CHECKER}
     assert code_reward(block(code), row) == reward
     assert code_reward(block(code), row | {"generated_checker": None}) == 0.0
+
+
+TALKS = "import sys\nprint(0)\nprint('got', open(sys.argv[3]).read())"
+
+
+def test_no_output_can_forge_what_a_checker_says():
+    row: Row = {"tests": [{"input": "", "output": "2"}], "generated_checker": TALKS}
+    assert code_reward(block("print('9 1')"), row) == 0.0
+
+
+def test_what_is_expected_needs_no_checker():
+    row: Row = {"tests": [{"input": "", "output": "2"}], "generated_checker": "print(0)"}
+    assert code_reward(block("print(2)"), row) == 1.0
+
+
+def test_a_checker_that_accepts_no_output_at_all_is_an_error():
+    row: Row = {"tests": [{"input": "", "output": "2"}], "generated_checker": "import numpy"}
+    with pytest.raises(DataError, match=r"generated_checker of a row .* No module named 'numpy'"):
+        code_reward(block("print(3)"), row)
+
+
+def test_a_checker_has_the_time_that_its_program_left():
+    tests = [{"input": "", "output": "2"}] * 4
+    row: Row = {"tests": tests, "generated_checker": "import time; time.sleep(60)"}
+    reward = CodeReward(limits=SandboxLimits(timeout_s=1.0), total_s=1.5)
+    began_s = time.monotonic()
+    assert reward(block("import time; time.sleep(0.8); print(3)"), row) == 0.0
+    assert time.monotonic() - began_s < 3.5
+
+
+def test_a_count_in_the_place_of_generated_tests_is_not_read_as_them():
+    """As open-r1/codeforces has it."""
+    tests = {"official_tests": [], "generated_tests": 3}
+    row: Row = tests | {"examples": [{"input": "", "output": "2"}]}
+    assert code_reward(block("print(2)"), row) == 1.0
+
+
+def test_a_negative_number_of_cases_is_refused():
+    with pytest.raises(ConfigError, match=r"max_cases=-1 must be 0 or more"):
+        CodeReward(max_cases=-1)
 
 
 def test_of_many_cases_a_few_may_be_run():

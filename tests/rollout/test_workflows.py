@@ -2,11 +2,14 @@
 
 import asyncio
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 
 from arealite.algo.advantages import group_advantages, step_advantages
-from arealite.errors import ConfigError, PromptTooLongError, RewardError
+from arealite.api import InferenceEngine
+from arealite.errors import ConfigError, DataError, PromptTooLongError, RewardError
 from arealite.rewards.math import gsm8k_reward
 from arealite.rollout.chat_template import Message
 from arealite.rollout.workflows import (
@@ -281,6 +284,65 @@ def test_tools_may_be_made_for_each_conversation():
         assert trajectory.metrics["tool_calls"] == 1.0
 
 
+def wants_two(a: int, b: int) -> int:
+    """Add.
+
+    Args:
+        a: One.
+        b: Another.
+    """
+    return a + b
+
+
+@pytest.mark.parametrize(
+    ("tools", "problem"),
+    [
+        (wants_two, r"a function that does not take a row \(missing a required argument: 'b'\)"),
+        (lambda row: None, r"tools of ToolWorkflow are None\. Give a list"),
+        ("wants_two", r"tools of ToolWorkflow are 'wants_two'\. Give a list"),
+        ([3], r"are \[3\]\. Give a list of functions, or a function of the row that returns one"),
+    ],
+)
+def test_what_are_no_tools_is_named(tools: Any, problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        episode(
+            ToolWorkflow(byte_tokenizer(), gsm8k_reward, SamplingParams(), tools=tools),
+            ScriptedEngine(replies=["#### 24"]),
+        )
+
+
+def test_a_child_begins_conversations_with_the_tools_in_the_template():
+    class Child(ToolWorkflow):
+        async def arun_sample(self, engine: InferenceEngine, row: Row) -> Trajectory:
+            chat = self.start(row["question"])
+            chat.add_response(await engine.agenerate(chat.request(self.sampling)))
+            return await chat.finish(self.reward, row)
+
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ tools | tojson }}" + str(tokenizer.chat_template)
+    agent = Child(tokenizer, gsm8k_reward, SamplingParams(), tools=[wants_two])
+    [trajectory] = episode(agent, ScriptedEngine(replies=["#### 24"]))
+    assert "wants_two" in tokenizer.decode(trajectory.token_ids)
+
+
+@pytest.mark.parametrize("question", [None, 5, [], ["Hi"], [{"content": "Hi"}], {"role": "user"}])
+def test_a_question_that_begins_no_conversation_is_named(question: Any):
+    workflow = SingleTurnWorkflow(byte_tokenizer(), gsm8k_reward, SamplingParams())
+    with pytest.raises(DataError, match=r"It takes a text, or a list of messages with `role`"):
+        workflow.start(question)
+
+
+def test_a_setting_that_the_constructor_would_overwrite_is_refused():
+    with pytest.raises(ConfigError, match=r"Stubborn defines max_turns, which the constructor"):
+        type("Stubborn", (MultiTurnWorkflow,), {"max_turns": 5})
+
+    @dataclass(eq=False)
+    class Patient(MultiTurnWorkflow):
+        max_turns: int = 5
+
+    assert Patient(byte_tokenizer(), gsm8k_reward, SamplingParams()).max_turns == 5
+
+
 REWRITES = (
     "{% for m in messages %}{% if m.role == 'user' or loop.last %}{{ m.content }}<|im_end|>"
     "{% endif %}{% endfor %}"
@@ -293,7 +355,9 @@ def test_parts_of_a_conversation_whose_template_forgets_are_all_in_the_group():
     workflow = MultiTurnWorkflow(tokenizer, first_line, SamplingParams(), group_size=2)
     engine = ScriptedEngine(replies=lambda text: "1" if "again" in text else "0")
     group = episode(workflow, engine)
-    assert [trajectory.sample for trajectory in group] == [0, 0, 1, 1]
+    samples = [trajectory.sample for trajectory in group]
+    assert samples == [samples[0]] * 2 + [samples[2]] * 2
+    assert samples[0] != samples[2]
     assert [tokenizer.decode(trajectory.token_ids)[-11:] for trajectory in group] == [
         "0<|im_end|>",
         "1<|im_end|>",
