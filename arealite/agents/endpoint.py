@@ -89,7 +89,8 @@ class Endpoint:
         }
         for (method, path), handler in routes.items():
             app.router.add_route(method, f"/episodes/{{name}}/v1{path}", self._authorized(handler))
-        app.router.add_route("*", "/{path:.*}", self._authorized(_no_such_path))
+        for path in ("/episodes/{name}/{path:.*}", "/{path:.*}"):
+            app.router.add_route("*", path, self._authorized(_no_such_path))
         # A client that goes away ends its request, and so what is sampled for it.
         self._runner = web.AppRunner(
             app, handler_cancellation=True, shutdown_timeout=1.0, access_log=None
@@ -179,9 +180,9 @@ async def _send(request: web.Request, completion: Completion) -> web.StreamRespo
 
 
 async def _no_such_path(request: web.Request, _: Episode) -> web.StreamResponse:
+    path = request.path.partition(request.match_info["name"])[2]
     raise RequestError(
-        f"There is no {request.method} /v1/{request.match_info['path']} here. Answers are at "
-        "/v1/chat/completions.",
+        f"There is no {request.method} {path} here. Answers are at /v1/chat/completions.",
         status=404,
         code="not_found",
     )

@@ -80,6 +80,8 @@ class Episode:
         """What the engine failed with at the latest call; None if that was answered."""
         self.without_effect: set[str] = set()
         """Settings of the agent's calls that the run decides."""
+        self.is_full = False
+        """Whether the latest call was refused because its conversation fills the context."""
         self.reward: float | None = None
         self._engine = engine
         self._tokenizer = tokenizer
@@ -99,6 +101,11 @@ class Episode:
     def last_text(self) -> str:
         """Text of the latest answer; empty before the first."""
         return str(self._branches[-1].answer["content"]) if self._branches else ""
+
+    @property
+    def step_rewards(self) -> list[float]:
+        """What was told of single answers."""
+        return [branch.reward for branch in self._branches if branch.reward is not None]
 
     @property
     def has_answers(self) -> bool:
@@ -136,7 +143,7 @@ class Episode:
                 branch.release()
             raise
         self._branches += branches
-        self.failure = None
+        self.failure, self.is_full = None, False
         first = branches[0]
         assert first.response is not None
         return Completion(
@@ -177,7 +184,8 @@ class Episode:
             "forks": float(len(parts) - 1),
         }
         plain = [replace(part, metrics={}) for part in parts]
-        return [*plain[:-1], replace(plain[-1], metrics=metrics)]
+        reason = "context" if self.is_full else plain[-1].finish_reason
+        return [*plain[:-1], replace(plain[-1], metrics=metrics, finish_reason=reason)]
 
     def _leaf(self, branch: _Branch) -> _Branch:
         """The last of the branches that have this one's sampled tokens among their own."""
@@ -273,7 +281,7 @@ class Episode:
     def _refused(self, error: BaseException) -> RequestError:
         """What the engine failed with, as an error of the API."""
         if isinstance(error, PromptTooLongError):
-            code = "context_length_exceeded"
+            code, self.is_full = "context_length_exceeded", True
             return RequestError(str(error), param="messages", code=code)
         assert isinstance(error, Exception)
         self.failure = error

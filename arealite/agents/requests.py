@@ -164,8 +164,9 @@ def _refuse_what_is_not_there(fields: _Fields) -> None:
     for name, harmless in NOT_HERE.items():
         if name in fields and fields[name] not in harmless:
             raise RequestError(
-                f"{name} is not supported here: the answer is what the policy samples, and nothing "
-                "is forced on it. Ask for it in words.",
+                f"{name} is not supported here: an answer is what the policy "
+                "samples, with the log-prob of each of its tokens. Leave it out; what an answer "
+                "should be like, ask for in words.",
                 param=name,
             )
 

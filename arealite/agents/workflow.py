@@ -16,7 +16,7 @@ from arealite.agents.episode import Episode
 from arealite.api import InferenceEngine
 from arealite.errors import TrajectoryError
 from arealite.rewards.pool import RewardFn, score
-from arealite.rollout.tools import CallFormat
+from arealite.rollout.tools import CallFormat, check_call_format
 from arealite.rollout.workflows import ChatWorkflow
 from arealite.types import Row, SamplingParams, Trajectory
 
@@ -38,7 +38,9 @@ class AgentWorkflow(ChatWorkflow):
     Args:
         agent: runs one episode: an `async def` on the rollout loop, which it must not block; a
             `def` in a thread of its own. The reward is what it returns, or what it has told
-            `episode.set_reward`, or else what `reward` says.
+            `episode.set_reward`, or what `reward` says, or the sum of what it told of its answers.
+            One that ends with an error since its conversation fills the context ends there, with a
+            reward of 0 if nothing else is known.
         sampling: decides how tokens are sampled, whatever the agent asks for; an agent may ask for
             fewer tokens, and for stop texts.
         reward: of the last answer's text and the row.
@@ -67,6 +69,7 @@ class AgentWorkflow(ChatWorkflow):
             reward_timeout_s=reward_timeout_s,
             chat_template_kwargs=chat_template_kwargs,
         )
+        check_call_format(call_format)
         self.agent = agent
         self.endpoint = endpoint
         self.call_format: CallFormat = call_format
@@ -88,7 +91,9 @@ class AgentWorkflow(ChatWorkflow):
             except Exception as error:
                 if episode.failure is not None:
                     raise episode.failure from error
-                raise
+                if not (episode.is_full and episode.has_answers):
+                    raise
+                returned = None
         if episode.failure is not None:  # which is not the policy's, whatever the agent made of it
             raise episode.failure
         self._warn_of(episode)
@@ -101,12 +106,14 @@ class AgentWorkflow(ChatWorkflow):
         if not episode.has_answers:
             raise TrajectoryError(
                 f"The agent {name} ended without an answer of the policy. Send its calls to "
-                "episode.base_url with episode.api_key."
+                "episode.base_url with episode.api_key, and await them."
             )
         if isinstance(returned, Real):
             return float(returned)
         if episode.reward is not None:
             return episode.reward
+        if self.reward is _no_reward and (episode.step_rewards or episode.is_full):
+            return sum(episode.step_rewards)
         if self.reward is _no_reward:
             raise TrajectoryError(
                 f"The agent {name} gave no reward. Return a number, call episode.set_reward, or "

@@ -19,6 +19,7 @@ Lists and objects may also be JSON in a string, as data sets on the Hub have the
 outputs are right, a Codeforces row has a `generated_checker`: a program that is asked instead.
 """  # noqa: E501 - a table
 
+import ast
 import base64
 import io
 import json
@@ -400,7 +401,8 @@ def _asserts(row: "Row") -> Iterator[Case]:
 def _check(row: "Row") -> Iterator[Case]:
     if "def check(" not in row["test"]:
         raise ValueError("the test must define check(candidate)")
-    yield Case(mode="tests", tests=(row["test"],), function=row["entry_point"])
+    function = row["entry_point"].removeprefix("Solution().")  # as LeetCode's rows have it
+    yield Case(mode="tests", tests=(row["test"],), function=function)
 
 
 def _stdin_case(given: str, expected: str) -> Case:
@@ -448,8 +450,19 @@ def _completed(code: str, row: "Row") -> str:
     beginning = row.get("prompt")
     if not isinstance(beginning, str) or not row.get("entry_point"):
         return code
-    is_continued = code[:1] in (" ", "\t")
-    return f"{beginning}{code}" if is_continued else f"{beginning}\n    pass\n{code}"
+    if code[:1] in (" ", "\t"):
+        return f"{beginning}{code}"
+    # A prompt may end in the head of a function, be whole by itself, or be no program at all.
+    bodies = [f"{beginning}\n    pass\n", f"{beginning}\n", ""]
+    return next(body for body in bodies if _is_program(body)) + code
+
+
+def _is_program(text: str) -> bool:
+    try:
+        ast.parse(text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    return True
 
 
 def _last_lines(text: str, count: int = 3) -> str:

@@ -355,6 +355,7 @@ async def run_episode(
     """
     cut_waits = note_cut_waits()
     witness = Witness(engine)
+    began_s = time.monotonic()
     try:
         async with asyncio.timeout(timeout_s) as limit:
             group = await _started(workflow, cast(InferenceEngine, witness), row)
@@ -368,9 +369,11 @@ async def run_episode(
     except BaseException as error:
         if limit.expired():
             frames, waits = user_frames(error.__cause__ or error), cut_waits()
+            late_s = time.monotonic() - began_s - timeout_s
             raise DeadlineError(
                 f"An episode took longer than rollout.episode_timeout_s={timeout_s:g}. Raise it"
                 + (f", or see why it waited for {waits}" if waits else "")
+                + (f", or see who blocked the event loop for {late_s:.0f} s" if late_s > 1 else "")
                 + (f", or see what took so long:{frames}" if frames else ".")
             ) from error
         cause = first_cause(error)

@@ -20,12 +20,14 @@ _next_sample = itertools.count()
 
 def flattened(samples: Sequence[Trajectory]) -> list[Trajectory]:
     """The trajectories of a group, with the earlier parts of each conversation before its last."""
-    return [
-        replace(part, sample=number, earlier=())
-        for sample in samples
-        for number in [sample.sample if sample.sample >= 0 else next(_next_sample)]
-        for part in (*sample.earlier, sample)
-    ]
+    parts: list[Trajectory] = []
+    for sample in samples:
+        if not isinstance(sample, Trajectory):  # `check_group` names it
+            parts.append(sample)
+            continue
+        number = sample.sample if sample.sample >= 0 else next(_next_sample)
+        parts += [replace(part, sample=number, earlier=()) for part in (*sample.earlier, sample)]
+    return parts
 
 
 def check_group(group: list[Trajectory], workflow: str, witness: Witness) -> list[Trajectory]:

@@ -13,7 +13,7 @@ import asyncio
 import inspect
 import json
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_parsing import parse_response
@@ -122,6 +122,13 @@ class Tools:
             return text
         kept = text[: self._max_chars]
         return f"{kept}\n[cut: the first {len(kept)} of {len(text)} characters]"
+
+
+def check_call_format(call_format: CallFormat) -> None:
+    """Raise ConfigError for a format that nobody reads."""
+    if call_format not in get_args(CallFormat):
+        known = ", ".join(get_args(CallFormat))
+        raise ConfigError(f"call_format={call_format!r} must be one of {known}.")
 
 
 def parse_answer(

@@ -349,12 +349,14 @@ class _Ledger:
         return ledger
 
     def trajectory(self, reward: float, raw_reward: float) -> Trajectory:
+        """All up to the end of the last response; what was added behind it teaches nothing."""
         assert self.reply is not None and self.temperature is not None
+        end = self.replies[-1][0] + len(self.reply.token_ids)
         return Trajectory(
-            token_ids=list(self.token_ids),
-            loss_mask=list(self.loss_mask),
-            behavior_logprobs=list(self.behavior_logprobs),
-            versions=list(self.versions),
+            token_ids=self.token_ids[:end],
+            loss_mask=self.loss_mask[:end],
+            behavior_logprobs=self.behavior_logprobs[:end],
+            versions=self.versions[:end],
             reward=reward,
             raw_reward=raw_reward,
             step_rewards=tuple(

@@ -14,7 +14,7 @@ from arealite.errors import ConfigError, DataError, PromptTooLongError, first_ca
 from arealite.rewards.pool import RewardFn
 from arealite.rollout.chat_template import ChatTemplate, Message
 from arealite.rollout.groups import flattened
-from arealite.rollout.tools import CallFormat, Tools, parse_answer
+from arealite.rollout.tools import CallFormat, Tools, check_call_format, parse_answer
 from arealite.rollout.transcript import Transcript
 from arealite.types import ModelResponse, Row, SamplingParams, Trajectory
 
@@ -210,6 +210,7 @@ class ToolWorkflow(ChatWorkflow):
 
     def __post_init__(self) -> None:
         check_turns(self.max_turns)
+        check_call_format(self.call_format)
         self._shared = None if callable(self.tools) else self._checked(self.tools)
         if self._shared is not None:
             self.template = replace(self.template, tools=self._shared.schemas)

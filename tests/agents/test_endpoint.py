@@ -73,7 +73,10 @@ def test_refuses_an_episode_that_is_over_and_one_that_never_was(endpoint: Endpoi
 
 
 def test_says_which_path_there_is_not(serve: Serve):
-    client = serve(["a"]).client
+    each = serve(["a"])
+    with pytest.raises(openai.NotFoundError, match=r"no POST /chat/completions here\. Answers are"):
+        ask(each.episode.base_url.removesuffix("/v1"), each.episode.api_key)
+    client = each.client
     with pytest.raises(openai.NotFoundError, match="no POST /v1/responses here"):
         client.responses.create(model="m", input="Hi")
 

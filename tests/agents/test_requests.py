@@ -187,7 +187,7 @@ def test_clients_get_the_errors_of_openai(serve: Serve):
     with pytest.raises(openai.BadRequestError) as refused:
         each.ask("Hi", tools=[TOOL], tool_choice="required")
     assert (refused.value.param, refused.value.type) == ("tool_choice", "invalid_request_error")
-    assert "the answer is what the policy samples" in refused.value.message
+    assert "an answer is what the policy samples" in refused.value.message
 
 
 def test_a_schema_of_the_answer_is_refused_and_not_ignored(serve: Serve):

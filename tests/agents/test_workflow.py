@@ -13,7 +13,7 @@ import pytest
 from openai import AsyncOpenAI, OpenAI
 
 from arealite.agents import AgentWorkflow, Episode
-from arealite.errors import NoServerError, RewardError, TrajectoryError
+from arealite.errors import ConfigError, NoServerError, RewardError, TrajectoryError
 from arealite.testing import ScriptedEngine
 from arealite.types import Row, Trajectory
 from tests.agents.conftest import SAMPLING, TOKENIZER, BrokenEngine, WatchedEngine, sampled_text
@@ -200,6 +200,48 @@ def test_an_error_of_the_agent_is_that_of_the_episode():
 
     with pytest.raises(LookupError, match="no such page"):
         run(agent)
+
+
+async def talk_on(episode: Episode, row: Row) -> None:
+    """Ask again and again, and think of no end."""
+    async with client_of(episode) as client:
+        messages = [*QUESTION]
+        while True:
+            reply = await client.chat.completions.create(model="m", messages=messages)
+            messages += [reply.choices[0].message, *QUESTION]
+
+
+def told_is_long(text: str, row: Row) -> float:
+    return float(text == "hm")
+
+
+@pytest.mark.parametrize(("reward", "value"), [(None, 0.0), (told_is_long, 1.0)])
+def test_an_agent_that_its_context_ends_is_trained_on_up_to_there(reward: Any, value: float):
+    engine = ScriptedEngine(["hm"] * 99, max_model_len=200)
+    [trajectory] = run(talk_on, engine, reward=reward)
+    assert (trajectory.reward, trajectory.finish_reason) == (value, "context")
+    assert sampled_text(trajectory) == f"hm{END}" * int(trajectory.metrics["turns"])
+
+
+def test_an_agent_whose_first_question_does_not_fit_is_an_error():
+    with pytest.raises(openai.BadRequestError) as refused:
+        run(talk_on, ScriptedEngine(["hm"], max_model_len=20))
+    assert refused.value.code == "context_length_exceeded"
+
+
+def test_rewards_of_single_answers_are_enough():
+    async def agent(episode: Episode, row: Row) -> None:
+        async with client_of(episode) as client:
+            for reward in (0.5, -2.0):
+                reply = await client.chat.completions.create(model="m", messages=QUESTION)
+                episode.set_reward(reward, completion_id=reply.id)
+
+    assert {trajectory.reward for trajectory in run(agent)} == {-1.5}
+
+
+def test_a_format_of_calls_that_nobody_reads_is_refused():
+    with pytest.raises(ConfigError, match="call_format='hermez' must be one of auto, hermes, json"):
+        AgentWorkflow(TOKENIZER, ask, SAMPLING, call_format="hermez")  # type: ignore[arg-type]
 
 
 def test_an_agent_that_asks_nothing_is_told_where_to_ask():

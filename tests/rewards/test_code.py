@@ -167,6 +167,32 @@ def test_a_program_may_use_what_its_prompt_has(code: str):
     assert code_reward(block(code), HELPERS) == 1.0
 
 
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "",
+        "Write a function f.",
+        "# f\n",
+        "from typing import List\n",
+        "def f(x):\n",
+        'def f(x):\n    """Add."""\n',
+    ],
+)
+def test_a_program_is_graded_whatever_the_prompt_of_its_row_is(prompt: str):
+    test = "def check(candidate):\n    assert candidate(1) == 41\n"
+    for entry_point in ("f", "Solution().f"):
+        row: Row = {"prompt": prompt, "entry_point": entry_point, "test": test}
+        assert code_reward(block("def f(x):\n    return 40 + x"), row) == 1.0
+        assert code_reward(block("def f(x):\n    return 41 + x"), row) == 0.0
+
+
+def test_a_program_may_be_a_method_of_solution_as_on_leetcode():
+    test = "def check(candidate):\n    assert candidate(x=1) == 41\n"
+    row: Row = {"prompt": "import math", "entry_point": "Solution().f", "test": test}
+    program = "class Solution:\n    def f(self, x):\n        return 40 + math.floor(x)"
+    assert code_reward(block(program), row) == 1.0
+
+
 def test_a_program_may_use_what_platforms_import_for_it():
     row, _, _ = FORMATS["livecodebench functional"]
     code = (

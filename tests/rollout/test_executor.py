@@ -613,6 +613,47 @@ def test_an_episode_that_takes_too_long_says_what_it_waited_for():
         run_episodes(ScriptedEngine(replies=[]), Workflow(hang), ROWS[:1], limits=limits)
 
 
+class ForgotToAwait(ChatWorkflow):
+    async def arun_sample(self, engine: InferenceEngine, row: Row) -> Any:
+        chat = self.start("Hi")
+        chat.add_response(await engine.agenerate(chat.request(self.sampling)))
+        forgotten = chat.finish(1.0)
+        row["forgotten"] = forgotten
+        return forgotten
+
+
+class ReturnsNone(ChatWorkflow):
+    async def arun_sample(self, engine: InferenceEngine, row: Row) -> Any:
+        return None
+
+
+@pytest.mark.parametrize(
+    ("kind", "problem"),
+    [
+        (ForgotToAwait, r"ForgotToAwait\.arun_episode returned a coroutine\. Put `await` before"),
+        (ReturnsNone, r"ReturnsNone\.arun_episode returned a list with None\. Return a list of Tr"),
+    ],
+)
+def test_a_slip_in_one_conversation_names_the_workflow(kind: type[ChatWorkflow], problem: str):
+    row: Row = {}
+    agent = kind(byte_tokenizer(), lambda *_: 0.0, SamplingParams())
+    with pytest.raises(RolloutError, match=problem):
+        run_episodes(ScriptedEngine(["a"]), agent, [row])
+    if "forgotten" in row:
+        row["forgotten"].close()
+
+
+def test_an_episode_that_blocks_the_event_loop_is_told_so():
+    async def block(engine: ScriptedEngine, row: Row) -> list[Trajectory]:
+        time.sleep(1.6)
+        await asyncio.sleep(10)
+        return []
+
+    limits = RolloutConfig(episode_timeout_s=0.1)
+    with pytest.raises(RolloutError, match=r"or see who blocked the event loop for [12] s"):
+        run_episodes(ScriptedEngine(replies=[]), Workflow(block), ROWS[:1], limits=limits)
+
+
 class NotACoroutine(Workflow):
     def arun_episode(self, engine: ScriptedEngine, row: Row) -> None: ...  # type: ignore[override]
 

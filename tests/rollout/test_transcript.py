@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from arealite.data import GSM8K_MINI, TINY_MATH, load_rows, load_tokenizer
 from arealite.errors import DataError, TrajectoryError
 from arealite.rollout.transcript import Transcript
-from arealite.testing import byte_tokenizer
+from arealite.rollout.workflows import ChatWorkflow
+from arealite.testing import ScriptedEngine, byte_tokenizer
 from arealite.types import ModelRequest, ModelResponse, SamplingParams, Trajectory
 
 TOKENIZER = byte_tokenizer()
@@ -246,6 +247,18 @@ def test_a_branch_does_not_take_the_answer_to_a_request_of_the_other():
     chat.add_response(answer)
     with pytest.raises(TrajectoryError, match="answered to the last request"):
         branch.add_response(answer)
+
+
+def test_what_no_response_follows_is_not_in_the_trajectory():
+    agent = ChatWorkflow(byte_tokenizer(), lambda *_: 0.0, SamplingParams())
+    chat = agent.start("Hi")
+    response = asyncio.run(ScriptedEngine(["a"]).agenerate(chat.request(SamplingParams())))
+    chat.add_response(response)
+    length = len(chat.token_ids)
+    chat.add_message("user", "x" * 10_000)
+    trajectory = asyncio.run(chat.finish(1.0))
+    assert len(trajectory.token_ids) == len(trajectory.versions) == length
+    assert len(chat.token_ids) > 10_000
 
 
 def test_nothing_as_a_response_is_told_where_it_comes_from():

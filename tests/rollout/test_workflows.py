@@ -173,15 +173,9 @@ def half(number: int) -> float:
 CALL = '<tool_call>{"name": "half", "arguments": {"number": 48}}</tool_call>'
 
 
-def with_tool(**settings: int) -> ToolWorkflow:
-    return ToolWorkflow(
-        byte_tokenizer(),
-        gsm8k_reward,
-        SamplingParams(),
-        tools=[half],
-        call_format="hermes",
-        **settings,
-    )
+def with_tool(**changes: Any) -> ToolWorkflow:
+    settings: dict[str, Any] = {"tools": [half], "call_format": "hermes"} | changes
+    return ToolWorkflow(byte_tokenizer(), gsm8k_reward, SamplingParams(), **settings)
 
 
 def test_a_tool_is_called_until_an_answer_calls_nothing():
@@ -309,6 +303,11 @@ def test_what_are_no_tools_is_named(tools: Any, problem: str):
             ToolWorkflow(byte_tokenizer(), gsm8k_reward, SamplingParams(), tools=tools),
             ScriptedEngine(replies=["#### 24"]),
         )
+
+
+def test_a_format_of_calls_that_nobody_reads_is_refused():
+    with pytest.raises(ConfigError, match="call_format='openai' must be one of auto, hermes, json"):
+        with_tool(call_format="openai")
 
 
 def test_a_child_begins_conversations_with_the_tools_in_the_template():
