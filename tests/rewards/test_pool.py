@@ -559,9 +559,13 @@ def test_killed_run_leaves_no_worker_behind(tmp_path: Path):
     assert eventually(lambda: is_gone(pid), within_s=5.0)
 
 
+HEARS_CTRL_C = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)"
+"""What a shell starts in the background ignores it, and so do these tests there."""
+
+
 def test_ctrl_c_ends_the_run_without_a_word_from_the_workers(tmp_path: Path):
     file = tmp_path / "pid"
-    code = SCRIPT + f"asyncio.run(score(hangs, {str(file)!r}, {{}}))"
+    code = HEARS_CTRL_C + SCRIPT + f"asyncio.run(score(hangs, {str(file)!r}, {{}}))"
     parent = subprocess.Popen(
         [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, start_new_session=True
     )
