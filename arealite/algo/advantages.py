@@ -4,13 +4,20 @@ A group is the trajectories sampled from one prompt; groups may differ in size.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, chain, islice
+from typing import Literal
 
+from arealite.errors import ConfigError
 from arealite.types import Trajectory
 
 STD_EPS = 1e-6
+EQUAL = 1e-12
+"""Standard deviation of a batch, over its mean, that only rounding leaves."""
+
+SumOverRanks = Callable[[Sequence[float]], list[float]]
+"""Adds numbers up, place by place, over all ranks: `arealite.dist.sum`."""
 
 
 def group_advantages(
@@ -32,6 +39,72 @@ def group_advantages(
         _centered([t.reward for t in group], _sample_rewards(group), divide_by_std)
         for group in groups
     ]
+
+
+def leave_one_out_advantages(groups: list[list[Trajectory]]) -> list[list[float]]:
+    """Reward minus the mean reward of the others in its group, one advantage per trajectory.
+
+    The baseline does not depend on what it is subtracted from, so it leaves the gradient unbiased;
+    it is n / (n - 1) times `group_advantages`. A conversation in several parts counts once. A group
+    of one has nothing to compare with and gets zeros.
+
+    Source: RLOO, arXiv:2402.14740 equation 8.
+    """
+    return [
+        [value * _leave_one_out(len(_samples(group))) for value in advantages]
+        for group, advantages in zip(groups, group_advantages(groups), strict=True)
+    ]
+
+
+def _leave_one_out(num_samples: int) -> float:
+    return num_samples / (num_samples - 1) if num_samples > 1 else 0.0
+
+
+def reward_advantages(groups: list[list[Trajectory]]) -> list[list[float]]:
+    """The reward itself, for a critic-free PPO that normalizes over the batch afterwards.
+
+    With gamma = lambda = 1 and no critic every token's return is the reward of its trajectory.
+
+    Source: AReaL v0.1 and v0.2; REINFORCE++, arXiv:2501.03262.
+    """
+    return [[trajectory.reward for trajectory in group] for group in groups]
+
+
+def batch_normalized(
+    advantages: list[list[float]],
+    groups: list[list[Trajectory]],
+    *,
+    over: Literal["tokens", "trajectories"],
+    sum_over_ranks: SumOverRanks,
+    is_centered: bool = True,
+) -> list[list[float]]:
+    """Advantages less their mean, over their sample standard deviation plus 1e-6, in all the batch.
+
+    A batch in which all are equal gets zeros. A collective of all ranks.
+
+    Args:
+        advantages: one per trajectory, like groups.
+        over: what mean and deviation are taken over. `tokens`: each counts as often as its
+            trajectory has sampled tokens; so long responses weigh more.
+        sum_over_ranks: `dist.sum`.
+        is_centered: subtract the mean; after `group_advantages` it is 0 over trajectories.
+
+    Source: over tokens, AReaL v0.1 to v0.3 and REINFORCE++, arXiv:2501.03262; over trajectories
+    after the mean of each group, LitePPO, arXiv:2508.08221.
+    """
+    if over not in ("tokens", "trajectories"):
+        raise ConfigError(f"over={over!r} must be 'tokens' or 'trajectories'.")
+    values = list(chain.from_iterable(advantages))
+    counts = [t.response_length if over == "tokens" else 1 for group in groups for t in group]
+    pairs = list(zip(values, counts, strict=True))
+    total, count = sum_over_ranks([math.fsum(v * n for v, n in pairs), float(sum(counts))])
+    mean = total / count if count else 0.0
+    [squares] = sum_over_ranks([math.fsum(n * (v - mean) ** 2 for v, n in pairs)])
+    std = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+    if std <= EQUAL * abs(mean):
+        return [[0.0] * len(group) for group in advantages]
+    shift = mean if is_centered else 0.0
+    return [[(value - shift) / (std + STD_EPS) for value in group] for group in advantages]
 
 
 def step_advantages(

@@ -1,9 +1,20 @@
 import math
 from dataclasses import replace
+from itertools import chain
+from statistics import fmean, stdev
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from arealite.algo.advantages import group_advantages, step_advantages
+from arealite.algo.advantages import (
+    batch_normalized,
+    group_advantages,
+    leave_one_out_advantages,
+    reward_advantages,
+    step_advantages,
+)
+from arealite.errors import ConfigError
 from arealite.types import Trajectory
 
 
@@ -146,3 +157,102 @@ def test_a_conversation_in_parts_without_steps_is_one_step_of_the_mean():
     [outcome] = group_advantages([group_of_two])
     [steps] = step_advantages([group_of_two])
     assert [tokens[-1] for tokens in steps] == outcome == [0.5, 0.5, 0.5, -0.5]
+
+
+def test_leaving_one_out_gives_the_published_vector():
+    [first, alone] = leave_one_out_advantages([group(1, 0, 0, 0), group(3)])
+    assert first == pytest.approx([1.0, -1 / 3, -1 / 3, -1 / 3], abs=1e-12)
+    assert alone == [0.0]
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=8))
+def test_leaving_one_out_is_the_reward_less_the_mean_of_the_others(rewards: list[float]):
+    [advantages] = leave_one_out_advantages([group(*rewards)])
+    others = [fmean(rewards[:i] + rewards[i + 1 :]) for i in range(len(rewards))]
+    assert advantages == pytest.approx(
+        [r - o for r, o in zip(rewards, others, strict=True)], abs=1e-9
+    )
+
+
+GROUPS = [group(1, 0, 0, 0), group(1, 1, 1, 0)]
+
+
+def alone(values: list[float]) -> list[float]:
+    """The sum over the ranks of a process that has none beside it."""
+    return list(values)
+
+
+def test_the_group_mean_over_the_deviation_of_the_batch_gives_the_published_vector():
+    centered = group_advantages(GROUPS)
+    first, second = batch_normalized(centered, GROUPS, over="trajectories", sum_over_ranks=alone)
+    assert first == pytest.approx([1.6202, -0.5401, -0.5401, -0.5401], abs=1e-4)
+    assert second == pytest.approx([0.5401, 0.5401, 0.5401, -1.6202], abs=1e-4)
+
+
+def test_long_responses_weigh_more_where_tokens_are_counted():
+    long, short = steps_of(3), replace(steps_of(1), reward=1.0)
+    [[first, second]] = batch_normalized(
+        reward_advantages([[long, short]]), [[long, short]], over="tokens", sum_over_ranks=alone
+    )
+    # 0, 0, 0 and 1: mean 1/4, sample standard deviation 1/2.
+    assert first == pytest.approx(-0.5, abs=1e-5)
+    assert second == pytest.approx(1.5, abs=1e-5)
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), min_size=2, max_size=9))
+def test_normalized_over_tokens_the_batch_has_mean_zero_and_deviation_one(
+    drawn: list[tuple[float, int]],
+):
+    groups = [[replace(steps_of(length), reward=reward) for reward, length in drawn]]
+    [advantages] = batch_normalized(
+        reward_advantages(groups), groups, over="tokens", sum_over_ranks=alone
+    )
+    per_token = list(
+        chain.from_iterable([a] * n for a, (_, n) in zip(advantages, drawn, strict=True))
+    )
+    rewards = list(chain.from_iterable([r] * n for r, n in drawn))
+    if max(rewards) - min(rewards) < 1e-2:
+        return
+    assert fmean(per_token) == pytest.approx(0, abs=1e-6)
+    assert stdev(per_token) == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("reward", [0.0, 5.0, 0.1, -1 / 3])
+def test_a_batch_of_equal_rewards_has_exactly_zero_advantage(reward: float):
+    groups = [group(*[reward] * 7), group(*[reward] * 3)]
+    assert batch_normalized(
+        reward_advantages(groups), groups, over="tokens", sum_over_ranks=alone
+    ) == [[0.0] * 7, [0.0] * 3]
+
+
+def test_five_for_right_and_minus_five_for_wrong_is_the_same_as_one_and_zero():
+    plain, scaled = [group(1, 0, 1, 1)], [group(5, -5, 5, 5)]
+    for over in ("tokens", "trajectories"):
+        [first] = batch_normalized(reward_advantages(plain), plain, over=over, sum_over_ranks=alone)
+        [second] = batch_normalized(
+            reward_advantages(scaled), scaled, over=over, sum_over_ranks=alone
+        )
+        assert first == pytest.approx(second, abs=1e-5)
+
+
+def test_ranks_normalize_over_all_that_they_have_together():
+    whole = [group(1, 0, 0), group(1, 1)]
+    expected = batch_normalized(
+        reward_advantages(whole), whole, over="tokens", sum_over_ranks=alone
+    )
+    told: list[list[float]] = [[2.0, 2.0], []]  # what the other rank adds: sum and count
+
+    def with_the_other(values: list[float]) -> list[float]:
+        if len(values) == 2:
+            return [a + b for a, b in zip(values, told[0], strict=True)]
+        return [values[0] + 2 * (1 - 3 / 5) ** 2]
+
+    found = batch_normalized(
+        reward_advantages(whole[:1]), whole[:1], over="tokens", sum_over_ranks=with_the_other
+    )
+    assert found[0] == pytest.approx(expected[0], abs=1e-12)
+
+
+def test_what_to_normalize_over_is_named():
+    with pytest.raises(ConfigError, match=r"over='words' must be 'tokens' or 'trajectories'"):
+        batch_normalized([], [], over="words", sum_over_ranks=alone)  # type: ignore[arg-type]
