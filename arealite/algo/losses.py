@@ -41,6 +41,138 @@ def clipped_surrogate(
     return torch.minimum(unclipped, limited), loss_mask & (limited < unclipped)
 
 
+def dual_clipped(
+    surrogate: torch.Tensor, advantages: torch.Tensor, *, cap: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The surrogate, but never below cap * A where A < 0; and where that stops the gradient.
+
+    What was sampled by a much older policy may have a huge ratio; with a negative advantage the
+    clip above does not bound it.
+
+    Args:
+        surrogate: [T] of `clipped_surrogate`, before any weight.
+        advantages: [T] the same.
+        cap: above 1; 3 in the paper.
+
+    Source: dual-clip PPO, arXiv:1912.09729 equation 5.
+    """
+    if not cap > 1:
+        raise ConfigError(f"The cap of a dual clip is {cap}; it must be above 1.")
+    floor = cap * advantages
+    is_cut = (advantages < 0) & (surrogate < floor)
+    return torch.where(is_cut, floor, surrogate), is_cut
+
+
+def sequence_surrogate(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """GSPO's objective [T], to be maximized, and where the clip stops the gradient [T] bool.
+
+    As `clipped_surrogate`, with one ratio for all tokens of a sequence: the geometric mean
+    exp(mean over its sampled tokens of current - proximal). With `aggregation="sequence"` the
+    tokens of a sequence sum to its term of the paper's mean over sequences.
+
+    Args:
+        cu_seqlens: [N + 1] starts at 0 and ends at T.
+        clip_low, clip_high: of a geometric mean, so far smaller than PPO's: 3e-4 and 4e-4.
+
+    Source: GSPO, arXiv:2507.18071 equations 5 to 7.
+    """
+    _require_attached("proximal_logprobs", proximal_logprobs, logprobs)
+    log_ratio = mean_of_sequence(logprobs - proximal_logprobs, loss_mask, cu_seqlens)
+    ratio = _masked_exp(log_ratio, loss_mask)
+    unclipped = ratio * advantages
+    limited = ratio.clamp(1 - clip_low, 1 + clip_high) * advantages
+    return torch.minimum(unclipped, limited), loss_mask & (limited < unclipped)
+
+
+def cispo_surrogate(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    clip_low: float,
+    clip_high: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """CISPO's objective [T], to be maximized, and where its weight is clipped [T] bool.
+
+    clip(ratio, 1 - clip_low, 1 + clip_high) * A * current, with no gradient through the ratio: a
+    clipped token goes on teaching with a bounded weight, where PPO would drop it.
+
+    Args:
+        clip_low: large, so that it never acts, in the paper; 1 is the largest that means anything.
+        clip_high: .2 to .28.
+
+    Source: CISPO, MiniMax-M1, arXiv:2506.13585 equations 4 and 5.
+    """
+    _require_attached("proximal_logprobs", proximal_logprobs, logprobs)
+    with torch.no_grad():
+        ratio = _masked_exp(logprobs - proximal_logprobs, loss_mask)
+        weight = ratio.clamp(1 - clip_low, 1 + clip_high)
+    current = torch.where(loss_mask, logprobs, 0.0)
+    return weight * advantages * current, loss_mask & (weight != ratio)
+
+
+def sapo_surrogate(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    tau_positive: float = 1.0,
+    tau_negative: float = 1.05,
+) -> torch.Tensor:
+    """SAPO's objective [T], to be maximized: a gate that closes smoothly instead of a clip.
+
+    4 / tau * sigmoid(tau * (ratio - 1)) * A, whose gradient at ratio 1 is PPO's.
+
+    Args:
+        tau_positive: of tokens with A > 0; the larger, the sooner the gate closes.
+        tau_negative: of the others.
+
+    Source: SAPO, arXiv:2511.20347.
+    """
+    if not (tau_positive > 0 and tau_negative > 0):
+        raise ConfigError(f"tau is {tau_positive} and {tau_negative}; both must be above 0.")
+    _require_attached("proximal_logprobs", proximal_logprobs, logprobs)
+    ratio = _masked_exp(logprobs - proximal_logprobs, loss_mask)
+    positive, negative = ratio.new_tensor([tau_positive, tau_negative])
+    tau = torch.where(advantages > 0, positive, negative)
+    return 4 / tau * torch.sigmoid(tau * (ratio - 1)) * advantages
+
+
+def tv_surrogate(
+    logprobs: torch.Tensor,
+    proximal_logprobs: torch.Tensor,
+    advantages: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    limit: float = 0.2,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """DPPO's objective [T], to be maximized, and which tokens are dropped [T] bool.
+
+    ratio * A, without the tokens whose probability has moved by more than `limit` in the direction
+    of A. A rare token's ratio moves far where its probability, and so the policy, hardly does.
+
+    Args:
+        limit: of |current - proximal| as probabilities, the total variation of "this token or
+            another one".
+
+    Source: DPPO with binary total variation, arXiv:2602.04879.
+    """
+    _require_attached("proximal_logprobs", proximal_logprobs, logprobs)
+    ratio = _masked_exp(logprobs - proximal_logprobs, loss_mask)
+    moved = (logprobs.exp() - proximal_logprobs.exp()).detach()
+    dropped = loss_mask & (moved * advantages.sign() > limit)
+    return torch.where(dropped, 0.0, ratio * advantages), dropped
+
+
 def importance_weight(
     proximal_logprobs: torch.Tensor,
     behavior_logprobs: torch.Tensor,
@@ -68,6 +200,26 @@ def importance_weight(
         weight = _masked_exp(proximal_logprobs - behavior_logprobs, loss_mask)
         dropped = weight > cap
         return weight.masked_fill(dropped, 0.0), dropped
+
+
+def mean_of_sequence(
+    values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """[T] for each token the mean over the sampled tokens of its sequence; 0 if it has none."""
+    sums, counts = (
+        sum_of_sequence(each, loss_mask, cu_seqlens) for each in (values, torch.ones_like(values))
+    )
+    return sums / counts.clamp(min=1)
+
+
+def sum_of_sequence(
+    values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
+) -> torch.Tensor:
+    """[T] for each token the sum over the sampled tokens of its sequence."""
+    lengths = cu_seqlens.diff().long()
+    sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    masked = torch.where(loss_mask, values, 0.0)
+    return values.new_zeros(len(lengths)).index_add(0, sequence, masked)[sequence]
 
 
 def _masked_exp(log_ratio: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
