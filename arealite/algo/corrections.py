@@ -1,0 +1,152 @@
+"""What to do about tokens that another policy sampled than the one at the start of the step.
+
+The *behavior* policy sampled a token: older weights, or another engine's arithmetic. The *proximal*
+policy is the trainer's at the start of the step. Weights multiply the surrogate of a token; what is
+left out of a loss stays in its denominator. T packed tokens, N sequences.
+"""
+
+import torch
+
+from arealite.algo.losses import mean_of_sequence, sum_of_sequence
+from arealite.errors import ConfigError
+
+MAX_LOG_RATIO = 20.0
+
+
+def truncated_weight(
+    proximal_logprobs: torch.Tensor,
+    behavior_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    cap: float = 2.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """min(proximal / behavior, cap) [T] without gradient, and where the cap acts [T] bool.
+
+    Every token stays in the loss. `losses.importance_weight` leaves those above the cap out.
+
+    Source: TIS, https://fengyao.notion.site/off-policy-rl; its cap is 2.
+    """
+    _check_above("cap", cap, 0)
+    with torch.no_grad():
+        weight = _ratio(proximal_logprobs, behavior_logprobs, loss_mask)
+        return weight.clamp(max=cap), weight > cap
+
+
+def banded_weight(
+    proximal_logprobs: torch.Tensor,
+    behavior_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    low: float = 0.5,
+    high: float = 5.0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """proximal / behavior [T] without gradient, 0 outside of [low, high], and where that is.
+
+    Source: IcePop, arXiv:2510.18855.
+    """
+    _check_above("high", high, low)
+    with torch.no_grad():
+        weight = _ratio(proximal_logprobs, behavior_logprobs, loss_mask)
+        dropped = loss_mask & ((weight < low) | (weight > high))
+        return weight.masked_fill(dropped, 0.0), dropped
+
+
+def sequence_dropped(
+    proximal_logprobs: torch.Tensor,
+    behavior_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    low: float,
+    high: float,
+    is_geometric: bool,
+) -> torch.Tensor:
+    """[T] bool: tokens of sequences whose ratio proximal / behavior is outside of [low, high].
+
+    Args:
+        is_geometric: the ratio is the geometric mean of those of its tokens, of which .99 to 1.01
+            is a usual band; otherwise their product, of which 0 to 2 is.
+
+    Source: MIS and its geometric form, https://yingru.notion.site/When-Speed-Kills-Stability.
+    """
+    _check_above("high", high, low)
+    with torch.no_grad():
+        gap = proximal_logprobs - behavior_logprobs
+        over_sequence = mean_of_sequence if is_geometric else sum_of_sequence
+        log_ratio = over_sequence(gap, loss_mask, cu_seqlens)
+        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        return loss_mask & ((ratio < low) | (ratio > high))
+
+
+def second_moment_dropped(
+    proximal_logprobs: list[torch.Tensor],
+    behavior_logprobs: list[torch.Tensor],
+    loss_masks: list[torch.Tensor],
+    *,
+    limit: float = 0.04,
+) -> list[torch.Tensor]:
+    """Which tokens to leave out so that the mean of (behavior - proximal)^2 is below `limit`.
+
+    The largest leave first, and as few as can be. All micro-batches of a minibatch are looked at
+    together: cut in another way, the same tokens are dropped.
+
+    Args:
+        proximal_logprobs, behavior_logprobs, loss_masks: [T] of each micro-batch.
+
+    Source: M2PO, arXiv:2510.01161.
+    """
+    _check_above("limit", limit, 0)
+    squares = [
+        torch.where(mask, (behavior - proximal).double() ** 2, 0.0)
+        for proximal, behavior, mask in zip(
+            proximal_logprobs, behavior_logprobs, loss_masks, strict=True
+        )
+    ]
+    sampled = [square[mask] for square, mask in zip(squares, loss_masks, strict=True)]
+    ordered = torch.cat(sampled).sort().values if sampled else torch.empty(0)
+    means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
+    num_kept = int((means < limit).sum())  # the means rise with what is added
+    if num_kept == len(ordered):
+        return [torch.zeros_like(mask) for mask in loss_masks]
+    return [
+        mask & (square >= ordered[num_kept])
+        for square, mask in zip(squares, loss_masks, strict=True)
+    ]
+
+
+def interpolated_proximal(
+    logprobs: torch.Tensor,
+    behavior_logprobs: torch.Tensor,
+    versions: torch.Tensor,
+    loss_mask: torch.Tensor,
+    version: int,
+) -> torch.Tensor:
+    """Proximal log-probs [T] without a forward pass: between behavior and current, by their age.
+
+    behavior + alpha (current - behavior), with alpha = (version - 1 - v) / (version - v) for tokens
+    of older weights v >= 0, and 0 for the others.
+
+    Args:
+        logprobs: [T] current; no gradient goes through them here.
+        versions: [T] of the weights that sampled each token.
+        version: of the weights that are being trained.
+
+    Source: A-3PO, arXiv:2512.06547.
+    """
+    age = version - versions
+    is_older = loss_mask & (versions >= 0) & (age > 0)
+    alpha = torch.where(is_older, (age - 1) / age.clamp(min=1), 0.0).to(behavior_logprobs.dtype)
+    gap = torch.where(loss_mask, logprobs.detach() - behavior_logprobs, 0.0)
+    return behavior_logprobs + alpha * gap
+
+
+def _ratio(
+    proximal_logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, loss_mask: torch.Tensor
+) -> torch.Tensor:
+    gap = torch.where(loss_mask, proximal_logprobs - behavior_logprobs, 0.0)
+    return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+
+
+def _check_above(name: str, value: float, limit: float) -> None:
+    if not value > limit:
+        raise ConfigError(f"{name}={value} must be above {limit}.")

@@ -1,0 +1,121 @@
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from arealite.algo.corrections import (
+    banded_weight,
+    interpolated_proximal,
+    second_moment_dropped,
+    sequence_dropped,
+    truncated_weight,
+)
+from arealite.errors import ConfigError
+
+PROXIMAL = torch.tensor([0.1, -1.0, 2.0, 0.0, 9.0], dtype=torch.float64)
+BEHAVIOR = torch.zeros(5, dtype=torch.float64)
+MASK = torch.tensor([True, True, True, True, False])
+
+
+def test_a_truncated_weight_keeps_every_token():
+    weight, is_cut = truncated_weight(PROXIMAL, BEHAVIOR, MASK, cap=2.0)
+    assert weight.tolist() == pytest.approx([math.exp(0.1), math.exp(-1), 2.0, 1.0, 1.0])
+    assert is_cut.tolist() == [False, False, True, False, False]
+
+
+def test_a_banded_weight_drops_what_is_too_large_or_too_small():
+    weight, dropped = banded_weight(PROXIMAL, BEHAVIOR, MASK, low=0.5, high=5.0)
+    assert weight.tolist() == pytest.approx([math.exp(0.1), 0.0, 0.0, 1.0, 1.0])
+    assert dropped.tolist() == [False, True, True, False, False]
+
+
+def test_sequences_leave_whole_by_the_product_or_the_geometric_mean_of_their_ratios():
+    proximal = torch.tensor([0.5, 0.5, 0.004, 0.006, 7.0], dtype=torch.float64)
+    mask, ends = torch.tensor([True, True, True, True, False]), torch.tensor([0, 2, 5])
+    product = sequence_dropped(
+        proximal, BEHAVIOR, mask, ends, low=0.0, high=2.0, is_geometric=False
+    )
+    assert product.tolist() == [True, True, False, False, False]  # e, and exp(.01)
+    mean = sequence_dropped(proximal, BEHAVIOR, mask, ends, low=0.99, high=1.004, is_geometric=True)
+    assert mean.tolist() == [True, True, True, True, False]  # exp(.5), and exp(.005)
+
+
+GAPS = st.lists(st.tuples(st.floats(-2, 2), st.booleans()), max_size=12)
+
+
+def by_trying(squares: list[float], limit: float) -> int:
+    """How many of the smallest may stay so that their mean is below the limit."""
+    ordered = sorted(squares)
+    for count in range(len(ordered), 0, -1):
+        if sum(ordered[:count]) / count < limit:
+            return count
+    return 0
+
+
+@given(GAPS, GAPS, st.floats(0.01, 2))
+def test_the_second_moment_of_what_stays_is_below_the_limit(
+    first: list[tuple[float, bool]], second: list[tuple[float, bool]], limit: float
+):
+    batches = [batch for batch in (first, second) if batch]
+    gaps = [torch.tensor([gap for gap, _ in batch], dtype=torch.float64) for batch in batches]
+    masks = [torch.tensor([is_sampled for _, is_sampled in batch]) for batch in batches]
+    zeros = [torch.zeros_like(gap) for gap in gaps]
+    dropped = second_moment_dropped(gaps, zeros, masks, limit=limit)
+    squares = [gap**2 for batch in batches for gap, is_sampled in batch if is_sampled]
+    kept = [
+        float(gap[at] ** 2)
+        for gap, mask, drop in zip(gaps, masks, dropped, strict=True)
+        for at in range(len(gap))
+        if mask[at] and not drop[at]
+    ]
+    count = by_trying(squares, limit)
+    assert len(kept) <= count  # equal ones leave together
+    assert len(kept) == count or sorted(squares)[count - 1] == sorted(squares)[count]
+    assert kept == [] or sum(kept) / len(kept) < limit
+    assert not any((drop & ~mask).any() for drop, mask in zip(dropped, masks, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("age_of_token", "alpha"),
+    [((3, 4), 0.0), ((2, 4), 0.5), ((0, 4), 0.75), ((4, 4), 0.0), ((5, 4), 0.0), ((-1, 4), 0.0)],
+)
+def test_an_interpolated_proximal_is_nearer_to_current_the_older_a_token_is(
+    age_of_token: tuple[int, int], alpha: float
+):
+    sampled_by, version = age_of_token
+    current = torch.tensor([-1.0, -1.0], requires_grad=True)
+    behavior, mask = torch.tensor([-3.0, 0.0]), torch.tensor([True, False])
+    versions = torch.tensor([sampled_by, -1])
+    found = interpolated_proximal(current, behavior, versions, mask, version)
+    assert found.tolist() == [-3.0 + 2 * alpha, 0.0]
+    assert not found.requires_grad
+
+
+@pytest.mark.parametrize(
+    ("call", "problem"),
+    [
+        (lambda: truncated_weight(PROXIMAL, BEHAVIOR, MASK, cap=0.0), "cap=0.0 must be above 0"),
+        (lambda: banded_weight(PROXIMAL, BEHAVIOR, MASK, low=2, high=1), "high=1 must be above 2"),
+        (lambda: second_moment_dropped([], [], [], limit=0), "limit=0 must be above 0"),
+    ],
+)
+def test_bad_limits_say_what_they_must_be(call: Callable[[], Any], problem: str):
+    with pytest.raises(ConfigError, match=problem):
+        call()
+
+
+@pytest.mark.parametrize("gap", [1e4, -1e4, math.inf, math.nan])
+def test_what_is_masked_never_counts(gap: float):
+    proximal, behavior = torch.tensor([gap, 0.0]), torch.zeros(2)
+    mask, ends = torch.tensor([False, True]), torch.tensor([0, 2])
+    assert truncated_weight(proximal, behavior, mask)[0].tolist() == [1.0, 1.0]
+    assert banded_weight(proximal, behavior, mask)[0].tolist() == [1.0, 1.0]
+    assert second_moment_dropped([proximal], [behavior], [mask])[0].tolist() == [False] * 2
+    for is_geometric in (True, False):
+        assert not sequence_dropped(
+            proximal, behavior, mask, ends, low=0.9, high=1.1, is_geometric=is_geometric
+        ).any()
