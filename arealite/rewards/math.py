@@ -1,6 +1,7 @@
 """Is the final answer of a response the right one? Plain numbers exactly, the rest by math-verify.
 
     reward = gsm8k_reward("17 + 17 = 34, so\n#### 34", {"answer": "...\n#### 34"})   # 1.0
+    reward = math_reward(r"so \boxed{\frac{1}{2}}", {"answer": "0.5"})                # 1.0
 
 Zero always means "no answer, or not shown to be equal". What is wrong with the data set or with the
 installation raises instead, and what takes too long is killed by the `RewardPool` around the call:
@@ -57,6 +58,82 @@ def gsm8k_reward(text: str, row: "Row") -> float:
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return 0.0
     return float(_is_equal(gold, answer))
+
+
+def math_reward(text: str, row: "Row") -> float:
+    """`gsm8k_reward` for problems as those of MATH, whose answers may be more than expressions.
+
+    Beside numbers and what math-verify compares: words (`\\text{east}` and East), choices (`(B)`
+    and B), numbers in a base (`2516_8`), times of day, and inequalities for intervals.
+
+    Args:
+        text: the model's response, without the prompt.
+        row: `answer` as `gsm8k_reward` takes it, or text with the answer in its last `\\boxed{}`;
+            without it `solution`, likewise.
+
+    Raises:
+        RewardError: the row has no answer that can be read.
+    """
+    if "answer" not in row and "solution" in row:
+        row = {"answer": row["solution"]}
+    gold = _gold_answer(row)
+    answer = final_answer(text)
+    if answer is None or len(answer) > MAX_ANSWER_CHARS:
+        return 0.0
+    return float(_is_same_answer(gold, answer))
+
+
+def _is_same_answer(gold: str, answer: str) -> bool:
+    for read in (_words, _in_base, _time_of_day):
+        known = read(gold)
+        if known is not None:
+            return known == read(answer)
+    return _is_equal(_as_interval(gold), _as_interval(answer))
+
+
+def _words(answer: str) -> str | None:
+    """The answer in small letters without articles and markup; None if it is no text."""
+    plain = _without_markup(answer)
+    plain = re.sub(r"^\(\s*([A-Za-z])\s*\)$", r"\1", plain)
+    is_choice = re.fullmatch("[A-J]", plain) is not None
+    if not is_choice and not re.fullmatch(r"[A-Za-z]{2,}([ '-]+[A-Za-z0-9]+)*\.?", plain):
+        return None
+    return re.sub(r"^(the|an?) ", "", plain.lower().rstrip("."))
+
+
+def _in_base(answer: str) -> tuple[str, str] | None:
+    """Digits and base of a number that names one."""
+    found = re.fullmatch(r"([0-9A-F]+)_\{?([0-9]+)\}?", _without_markup(answer))
+    return (found[1].lstrip("0"), found[2]) if found else None
+
+
+def _time_of_day(answer: str) -> str | None:
+    plain = _without_markup(answer).replace("{:}", ":")
+    found = re.fullmatch(r"0?([0-9]{1,2}:[0-9]{2}) ?([AaPp]\.?[Mm]\.?)?", plain)
+    return found[1] if found else None
+
+
+MINUS_INFINITY = r"-\infty"
+_INEQUALITY = re.compile(
+    r"(?:(?P<low>.+?)(?P<after_low>\\leq?|<)\s*)?[a-zA-Z]\s*"
+    r"(?P<sign>\\leq?|\\geq?|<|>)\s*(?P<high>[^<>]+)"
+)
+
+
+def _as_interval(answer: str) -> str:
+    """An inequality of one variable as the interval that it is; everything else as it stands."""
+    found = _INEQUALITY.fullmatch(answer.strip().strip("$").strip())
+    if found is None:
+        return answer
+    low, sign, high = found["low"], found["sign"], found["high"].strip()
+    is_closed = "e" in sign
+    if low is None and sign in (">", r"\ge", r"\geq"):
+        return f"{'[' if is_closed else '('}{high},\\infty)"
+    if sign not in ("<", r"\le", r"\leq"):
+        return answer
+    start = "[" if low is not None and "e" in found["after_low"] else "("
+    end = "]" if is_closed else ")"
+    return f"{start}{(low or MINUS_INFINITY).strip()},{high}{end}"
 
 
 def final_answer(text: str) -> str | None:

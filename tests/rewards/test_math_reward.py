@@ -1,0 +1,37 @@
+"""`math_reward` on labelled pairs: fractions, sets, intervals, matrices, units, words."""
+
+import pytest
+
+from arealite.errors import RewardError
+from arealite.rewards.math import math_reward
+from tests.rewards.math_corpus import DISAGREEMENTS, RIGHT, WRONG
+
+
+def grade(gold: str, answer: str) -> float:
+    return math_reward(rf"So it is \boxed{{{answer}}}.", {"answer": gold})
+
+
+def test_the_corpus_is_graded_as_it_is_labelled():
+    labelled = [(pair, 1.0) for pair in RIGHT] + [(pair, 0.0) for pair in WRONG]
+    found = {pair for pair, label in labelled if grade(*pair) != label}
+    assert found == DISAGREEMENTS
+    assert len(labelled) >= 200 and len(found) <= 0.02 * len(labelled)
+
+
+def test_a_row_of_math_has_its_answer_in_the_solution():
+    row = {"problem": "1/2 + 1/3?", "solution": r"We get $\frac{5}{6}$: $\boxed{\frac56}$."}
+    assert math_reward(r"\boxed{\dfrac{5}{6}}", row) == 1.0
+    assert math_reward(r"\boxed{\dfrac{1}{6}}", row) == 0.0
+    with pytest.raises(RewardError, match="no 'answer' to compare with"):
+        math_reward("\\boxed{1}", {"problem": "1?"})
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "{" * 150, r"\frac{" * 40, "9" * 199, r"\sqrt{" * 30 + "}" * 30, "x^" * 90, "\\", "\x00",
+     "((((" * 40, r"\begin{pmatrix}" * 10, "1_" * 60, "a < b < c < d", "∞" * 50, "9^9^9"],
+    ids=range(14),
+)  # fmt: skip
+@pytest.mark.parametrize("gold", ["5", r"\text{east}", "[0,1]", r"\frac{1}{2}"])
+def test_hostile_answers_are_wrong_and_no_error(gold: str, answer: str):
+    assert grade(gold, answer) == 0.0
