@@ -139,6 +139,29 @@ class SingleTurnWorkflow(ChatWorkflow):
         return await chat.finish(self.reward, row)
 
 
+class DynamicSampling:
+    """Rejects groups whose rewards are all equal, which teach nothing: the next row is taken.
+
+    How many were is logged as `groups/rejected`. Where nearly all are equal the run ends and says
+    so: then the questions are too easy, or too hard.
+
+    Args:
+        workflow: whose groups these are.
+
+    Source: DAPO, arXiv:2503.14476 section 3.2.
+    """
+
+    def __init__(self, workflow: ChatWorkflow) -> None:
+        self.workflow = workflow
+        self.group_size = workflow.group_size
+
+    async def arun_episode(self, engine: InferenceEngine, row: Row) -> list[Trajectory] | None:
+        group = await self.workflow.arun_episode(engine, row)
+        if group is None or len({trajectory.reward for trajectory in group}) == 1:
+            return None
+        return group
+
+
 @dataclass(eq=False, repr=False)
 class MultiTurnWorkflow(ChatWorkflow):
     """Another try after feedback, until an answer is right.

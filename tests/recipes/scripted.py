@@ -19,7 +19,9 @@ def first_rows(*args: Any, **kwargs: Any) -> list[Row]:
     return load_rows(*args, **kwargs)[:NUM_ROWS]
 
 
-def run_with_policy(recipe: Any, policy: Callable[[str], str], out_dir: Path) -> dict[str, float]:
+def run_with_policy(
+    recipe: Any, policy: Callable[[str], str], out_dir: Path, *changes: str
+) -> dict[str, float]:
     """Two steps of the recipe with `NUM_ROWS` rows; the metrics of the last version."""
     tokenizer = load_tokenizer(TINY_AGENT)
 
@@ -27,6 +29,7 @@ def run_with_policy(recipe: Any, policy: Callable[[str], str], out_dir: Path) ->
         return tokenizer.encode(f"{policy(str(tokenizer.decode(prompt)))}{tokenizer.eos_token}")
 
     settings = [f"out_dir={out_dir}", "steps=2", "group_size=2", "rollout.prompts_per_step=2"]
+    settings += [f"model={TINY_AGENT}", *changes]
     size = {"vocab_size": len(tokenizer), "max_model_len": 1_024}
     with ScriptedServer(script, **size) as server:
         addresses = f"server.addresses=[{server.address}]"

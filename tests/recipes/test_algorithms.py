@@ -1,0 +1,75 @@
+"""Recipes that differ from gsm8k_grpo.py in their algorithm, with a policy that is a function."""
+
+import json
+from collections.abc import Callable
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from arealite.data import GSM8K_MINI, load_rows
+from arealite.errors import RolloutError
+from recipes import gsm8k_dapo, gsm8k_gspo, math_ppo
+from tests.recipes.scripted import run_with_policy
+
+ANSWERS = {
+    row["question"]: row["answer"]
+    for split in ("train", "test")
+    for row in load_rows(GSM8K_MINI, split=split)
+}
+
+
+def question_of(conversation: str) -> str:
+    return conversation.partition("<|user|>")[2].partition("<|end|>")[0]
+
+
+def right_every_other_time() -> Callable[[str], str]:
+    calls = count()
+    return lambda text: "#### 0" if next(calls) % 2 else ANSWERS[question_of(text)]
+
+
+def rollouts(out_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out_dir / "rollouts.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("recipe", [gsm8k_gspo, math_ppo])
+def test_it_takes_its_steps(recipe: Any, tmp_path: Path):
+    figures = run_with_policy(recipe, right_every_other_time(), tmp_path, "minibatches=2")
+    assert figures["train/grad_norm"] > 0
+    assert figures["rollout/raw_reward"] == pytest.approx(0.5)
+
+
+def test_right_is_worth_five_and_wrong_minus_five(tmp_path: Path):
+    run_with_policy(math_ppo, right_every_other_time(), tmp_path, "minibatches=1")
+    assert {(line["reward"], line["raw_reward"]) for line in rollouts(tmp_path)} == {
+        (5.0, 1.0),
+        (-5.0, 0.0),
+    }
+
+
+def test_what_comes_near_the_budget_is_worth_less(tmp_path: Path):
+    changes = ["overlong_tokens=64", "overlong_factor=0.5"]
+    run_with_policy(gsm8k_dapo, right_every_other_time(), tmp_path, *changes)
+    for line in rollouts(tmp_path):
+        length = sum(line["loss_mask"])
+        assert line["reward"] == pytest.approx(line["raw_reward"] - length / 64 * 0.5)
+
+
+def test_questions_that_teach_nothing_are_passed_over(tmp_path: Path):
+    """Those of every other row are answered alike."""
+    calls, seen = count(), dict[str, int]()
+
+    def policy(text: str) -> str:
+        place = seen.setdefault(question_of(text), len(seen))
+        is_right = place % 2 == 0 or next(calls) % 2 == 0
+        return ANSWERS[question_of(text)] if is_right else "#### 0"
+
+    figures = run_with_policy(gsm8k_dapo, policy, tmp_path)
+    assert figures["groups/constant_share"] == 0.0
+    assert (tmp_path / "lost.jsonl").read_text().count("rejected") > 0
+
+
+def test_a_run_in_which_all_groups_are_equal_ends_and_says_so(tmp_path: Path):
+    with pytest.raises(RolloutError, match=r"rows in a row gave no group \(rejected"):
+        run_with_policy(gsm8k_dapo, lambda text: ANSWERS[question_of(text)], tmp_path)
