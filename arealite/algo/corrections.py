@@ -67,7 +67,7 @@ def sequence_dropped(
         is_geometric: the ratio is the geometric mean of those of its tokens, of which .99 to 1.01
             is a usual band; otherwise their product, of which 0 to 2 is.
 
-    Source: MIS and its geometric form, https://yingru.notion.site/When-Speed-Kills-Stability.
+    Source: MIS and its geometric form, Liu, Li et al., "When Speed Kills Stability", 2025.
     """
     _check_above("high", high, low)
     with torch.no_grad():

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 
-from arealite.data import GSM8K_MINI, load_rows
+from arealite.config import parse
+from arealite.data import GSM8K_MINI, TINY_AGENT, load_rows, load_tokenizer
 from arealite.errors import RolloutError
-from recipes import gsm8k_dapo, gsm8k_gspo, math_ppo
-from tests.recipes.scripted import run_with_policy
+from arealite.testing import ScriptedServer
+from recipes import filter_by_difficulty, gsm8k_dapo, gsm8k_gspo, math_ppo
+from tests.recipes.scripted import NUM_ROWS, first_rows, run_with_policy
 
 ANSWERS = {
     row["question"]: row["answer"]
@@ -73,3 +75,42 @@ def test_questions_that_teach_nothing_are_passed_over(tmp_path: Path):
 def test_a_run_in_which_all_groups_are_equal_ends_and_says_so(tmp_path: Path):
     with pytest.raises(RolloutError, match=r"rows in a row gave no group \(rejected"):
         run_with_policy(gsm8k_dapo, lambda text: ANSWERS[question_of(text)], tmp_path)
+
+
+def test_the_filter_keeps_what_is_sometimes_right(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    calls, seen = count(), dict[str, int]()
+
+    def policy(text: str) -> str:
+        """Of three questions one is always answered right, one never, and one now and then."""
+        question = question_of(text)
+        place = seen.setdefault(question, len(seen)) % 3
+        is_right = place == 0 or (place == 1 and next(calls) % 2 == 0)
+        return ANSWERS[question] if is_right else "#### 0"
+
+    tokenizer = load_tokenizer(TINY_AGENT)
+
+    def script(prompt: list[int]) -> list[int]:
+        return tokenizer.encode(f"{policy(str(tokenizer.decode(prompt)))}{tokenizer.eos_token}")
+
+    monkeypatch.setattr(filter_by_difficulty, "load_rows", first_rows)
+    kept = {}
+    size = {"vocab_size": len(tokenizer), "max_model_len": 1_024}
+    with ScriptedServer(script, **size) as server:
+        for keep_never in (True, False):
+            seen.clear()
+            settings = [f"out={tmp_path}", f"model={TINY_AGENT}", f"keep_never={keep_never}"]
+            settings += [f"server.addresses=[{server.address}]", "samples=4"]
+            filter_by_difficulty.main(parse(filter_by_difficulty.Config, settings))
+            kept[keep_never] = load_rows(str(tmp_path), split="train")
+    figures = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert figures["rows"] == NUM_ROWS
+    assert figures["always_right"] + figures["never_right"] + figures["kept"] == NUM_ROWS
+    assert {row["pass_rate"] for row in kept[True]} >= {0.0, 0.5}
+    assert 1.0 not in {row["pass_rate"] for row in kept[True]}
+    assert all(0 < row["pass_rate"] < 1 for row in kept[False])
+    questions = [row["question"] for row in first_rows(GSM8K_MINI, split="train")]
+    assert [q for q in questions if q in {row["question"] for row in kept[False]}] == [
+        row["question"] for row in kept[False]
+    ]
