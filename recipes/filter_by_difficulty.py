@@ -67,7 +67,9 @@ def pass_rates(cfg: Config, rows: list[Row]) -> list[float]:
         VLLMEngine(server) as engine,
     ):
         engine.receive_weights([], version=0)  # those on disk, so that each token can say so
-        groups = run_episodes(engine, answer, rows, limits=cfg.rollout)
+        # No more at a time than a server works on: what waits in its queue for long looks stuck.
+        max_running = max(1, cfg.server.max_num_seqs // cfg.samples)
+        groups = run_episodes(engine, answer, rows, limits=cfg.rollout, max_running=max_running)
     return [fmean(sample.reward >= cfg.right_from for sample in group) for group in groups]
 
 
