@@ -80,8 +80,24 @@ class _StorageError(CheckpointError):
     """The disk, not the program, is why a checkpoint could not be written."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Engines:
+    """A policy and its critic, which are saved and loaded together."""
+
+    policy: TrainEngine
+    critic: TrainEngine
+
+    def save(self, path: str | Path) -> None:
+        for name in ("policy", "critic"):
+            getattr(self, name).save(Path(path) / name)
+
+    def load(self, path: str | Path) -> None:
+        for name in ("policy", "critic"):
+            getattr(self, name).load(Path(path) / name)
+
+
 def save_checkpoint(
-    out_dir: str | Path, train_engine: TrainEngine, cursor: Cursor, *, keep: int = 2
+    out_dir: str | Path, train_engine: TrainEngine | Engines, cursor: Cursor, *, keep: int = 2
 ) -> Path | None:
     """Write the engine's state and the cursor; returns the folder, or None if the disk is full.
 
@@ -116,7 +132,7 @@ def save_checkpoint(
     return final
 
 
-def load_checkpoint(out_dir: str | Path, train_engine: TrainEngine) -> Cursor:
+def load_checkpoint(out_dir: str | Path, train_engine: TrainEngine | Engines) -> Cursor:
     """Restore the engine from the latest intact checkpoint; returns its cursor.
 
     A collective of all ranks. Without any checkpoint it returns Cursor() and leaves the engine
@@ -201,7 +217,7 @@ class RunLock:
         return None
 
 
-def _write_files(partial: Path, train_engine: TrainEngine, cursor: Cursor) -> None:
+def _write_files(partial: Path, train_engine: TrainEngine | Engines, cursor: Cursor) -> None:
     with _all_ranks_or_none(f"{partial} could not be made"):
         if dist.rank() == 0:
             partial.parent.mkdir(parents=True, exist_ok=True)
@@ -334,7 +350,7 @@ def _intact_manifest(folder: Path) -> _Manifest | None:
     return msgspec.json.decode(text, type=_Manifest)
 
 
-def _restore(folder: Path, train_engine: TrainEngine) -> Cursor:
+def _restore(folder: Path, train_engine: TrainEngine | Engines) -> Cursor:
     with _all_ranks_or_none(
         f"The training engine could not load {folder}",
         advice=" The files are intact: was it made with another model or another arealite? "

@@ -152,6 +152,8 @@ class MicroBatch:
     loss_weight: torch.Tensor  # [T] float32, divided by the global count: a token mean sums to 1
     proximal_logprobs: torch.Tensor = field(default_factory=_absent)  # [T]; empty until attach()
     ref_logprobs: torch.Tensor = field(default_factory=_absent)  # [T]; empty until attach()
+    old_values: torch.Tensor = field(default_factory=_absent)  # [T]; empty until attach()
+    returns: torch.Tensor = field(default_factory=_absent)  # [T]; empty until attach()
 
     @property
     def num_sequences(self) -> int:
@@ -168,7 +170,8 @@ class LossOutput:
 
 
 LossFn = Callable[[torch.Tensor, MicroBatch], LossOutput]
-"""Takes the current log-probs [T] with gradient, or logits [T, V], and their micro-batch."""
+"""Takes the current log-probs [T] with gradient, logits [T, V] or values [T], and their
+micro-batch."""
 
 
 def check_output(output: object) -> None:
@@ -185,8 +188,9 @@ def check_output(output: object) -> None:
             )
 
 
-Head = Literal["logprobs", "logits"]
-"""What a loss function is given: the log-prob of each token, or the logits it was drawn from."""
+Head = Literal["logprobs", "logits", "values"]
+"""What a loss function is given: the log-prob of each token, or the logits it was drawn from; of a
+critic, what it expects before each token."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,6 +70,25 @@ def reward_advantages(groups: list[list[Trajectory]]) -> list[list[float]]:
     return [[trajectory.reward for trajectory in group] for group in groups]
 
 
+def token_rewards(groups: list[list[Trajectory]]) -> list[list[list[float]]]:
+    """One reward for each token: that of the trajectory at its last sampled token, 0 elsewhere.
+
+    What `gae` starts from. Step rewards, where there are any, stand where their steps end, and the
+    reward of the whole then counts only as far as it is among them.
+
+    Source: the terminal reward of PPO for language models, InstructGPT, arXiv:2203.02155.
+    """
+    return [[_token_rewards(trajectory) for trajectory in group] for group in groups]
+
+
+def _token_rewards(trajectory: Trajectory) -> list[float]:
+    rewards = [0.0] * len(trajectory.token_ids)
+    last = _last_sampled([trajectory])
+    for place, reward in trajectory.step_rewards or ((last, trajectory.reward),):
+        rewards[place] = reward
+    return rewards
+
+
 def batch_normalized(
     advantages: list[list[float]],
     groups: list[list[Trajectory]],

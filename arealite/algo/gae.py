@@ -4,9 +4,14 @@ T packed tokens, N trajectories, K actions in all of them. An action is a token 
 sampled. Index t holds facts about token t.
 """
 
+import math
+from collections.abc import Callable, Sequence
+
 import torch
 
 from arealite.errors import ConfigError
+
+STD_EPS = 1e-6
 
 
 @torch.no_grad()
@@ -70,6 +75,37 @@ def gae(
     advantages[actions] = advantage.to(values.dtype)
     returns[actions] = (advantage + value).to(values.dtype)
     return advantages, returns
+
+
+@torch.no_grad()
+def normalized(
+    advantages: list[torch.Tensor],
+    loss_masks: list[torch.Tensor],
+    *,
+    sum_over_ranks: Callable[[Sequence[float]], list[float]],
+) -> list[torch.Tensor]:
+    """Advantages less their mean, over their sample standard deviation plus 1e-6; 0 elsewhere.
+
+    Over all sampled tokens of all micro-batches of all ranks. A collective.
+
+    Args:
+        advantages: [T] of each micro-batch.
+        loss_masks: [T] bool of each, True where the policy sampled the token.
+        sum_over_ranks: `dist.sum`.
+
+    Source: arXiv:2006.05990 (choice C67); AReaL, arXiv:2505.24298.
+    """
+    pairs = list(zip(advantages, loss_masks, strict=True))
+    sampled = [advantage[mask].double() for advantage, mask in pairs]
+    sums = [float(sum(each.sum() for each in sampled)), float(sum(map(len, sampled)))]
+    total, count = sum_over_ranks(sums)
+    mean = total / count if count else 0.0
+    squares = float(sum(((each - mean) ** 2).sum() for each in sampled))
+    [squares] = sum_over_ranks([squares])
+    std = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+    return [
+        torch.where(mask, (advantage - mean) / (std + STD_EPS), 0.0) for advantage, mask in pairs
+    ]
 
 
 def _credited(

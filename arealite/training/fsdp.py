@@ -22,7 +22,7 @@ from arealite.config import check_at_least
 from arealite.errors import ConfigError, OutOfMemoryError, TrajectoryError
 from arealite.training import export, lora
 from arealite.training.canary import check_model
-from arealite.training.model import PolicyModel, on_device
+from arealite.training.model import PolicyModel, make_critic, on_device
 from arealite.training.optimizer import lr_at, make_optimizer, move_states
 from arealite.training.sharding import load_from_rank_0, shard, sharded_modules
 from arealite.types import Head, LossFn, MicroBatch, StepStats, check_output
@@ -111,9 +111,14 @@ class FSDPEngine:
 
     Every method is a collective. A step whose gradient is not finite is skipped: weights and
     optimizer state stay, but the call counts for the schedule, as it makes the next version.
+
+    Args:
+        model: Hugging Face id or folder.
+        is_critic: give the model a head of one number per token, 0 at first, in place of its own:
+            then it has `values`, and steps with `head="values"`.
     """
 
-    def __init__(self, model: str, cfg: FSDPConfig) -> None:
+    def __init__(self, model: str, cfg: FSDPConfig, *, is_critic: bool = False) -> None:
         dist.init()
         self.cfg = cfg
         self._source = model
@@ -123,6 +128,8 @@ class FSDPEngine:
         hf_model, self._dtypes = load_from_rank_0(model)
         if cfg.lora_rank:
             lora.add_adapters(hf_model, cfg)
+        if is_critic:
+            make_critic(hf_model)
         embedding: Any = hf_model.get_input_embeddings()
         self._vocab_size = int(embedding.weight.shape[0])
         self._policy = PolicyModel(hf_model)
@@ -140,11 +147,37 @@ class FSDPEngine:
 
         float32 (or float64, if that is cfg.dtype); 0 for the first token of each sequence.
         """
+        return self._forward(minibatch, "logprobs")
+
+    @torch.no_grad()
+    def values(self, minibatch: list[MicroBatch]) -> list[torch.Tensor]:
+        """Per micro-batch, what a critic expects before each token [T], on the CPU.
+
+        float32 (or float64, if that is cfg.dtype); 0 for the first token of each sequence.
+        """
+        return self._forward(minibatch, "values")
+
+    def _forward(self, minibatch: list[MicroBatch], head: Head) -> list[torch.Tensor]:
+        self._check_head(head)
         _check_minibatch(minibatch, self._vocab_size, least=0)
         with self._no_silent_shortage():
-            logprobs = [self._policy(on_device(mb, self._device))[0].cpu() for mb in minibatch]
+            found = [self._policy(on_device(mb, self._device), head)[0].cpu() for mb in minibatch]
         self._reshard()
-        return logprobs
+        return found
+
+    def _check_head(self, head: Head) -> None:
+        if head not in get_args(Head):
+            raise ConfigError(f"step() got head={head!r}; it is one of {get_args(Head)}.")
+        if self._policy.is_critic and head != "values":
+            raise ConfigError(
+                f"This engine is a critic, so it has no {head}. It has values; step(..., "
+                'head="values") trains them.'
+            )
+        if head == "values" and not self._policy.is_critic:
+            raise ConfigError(
+                "This engine is no critic, so it has no values. Make another one with "
+                "FSDPEngine(model, cfg, is_critic=True)."
+            )
 
     def reference_logprobs(self, minibatch: list[MicroBatch]) -> list[torch.Tensor]:
         """As `logprobs`, of the model before any training. Takes no memory, and needs LoRA."""
@@ -160,8 +193,7 @@ class FSDPEngine:
         self, minibatch: list[MicroBatch], loss_fn: LossFn, *, head: Head = "logprobs"
     ) -> StepStats:
         """One optimizer step on the sum of the losses of all micro-batches of all ranks."""
-        if head not in get_args(Head):
-            raise ConfigError(f"step() got head={head!r}; it is one of {get_args(Head)}.")
+        self._check_head(head)
         _check_minibatch(minibatch, self._vocab_size, least=1)
         self._optimizer.zero_grad(set_to_none=True)
         with self._no_silent_shortage():
@@ -211,7 +243,8 @@ class FSDPEngine:
                 "The loss does not depend on what it was given, so it has no gradient. "
                 "Compute LossOutput.total from the function's first argument."
             )
-        metrics = {"entropy": entropy[mb.loss_mask].sum(), **output.metrics}
+        own = {} if head == "values" else {"entropy": entropy[mb.loss_mask].sum()}
+        metrics = {**own, **output.metrics}
         return {
             "loss": output.total.item(),
             "num_tokens": mb.loss_mask.sum().item(),

@@ -61,6 +61,22 @@ def packed_logits(
     return logits.masked_fill(is_first[:, None], 0.0), entropy.masked_fill(is_first, 0.0)
 
 
+def packed_values(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    is_first: torch.Tensor,
+    *,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """What a critic expects before it sees token t, from the tokens before; [T], 0 for first ones.
+
+    Args:
+        head: [1, H] weight of the critic's head; the others as those of `packed_logprobs`.
+    """
+    values = (_predecessors(hidden) @ head.T)[:, 0].to(dtype)
+    return values.masked_fill(is_first, 0.0)
+
+
 def _entropy(logits: torch.Tensor) -> torch.Tensor:
     logprobs = logits.log_softmax(-1)
     return -(logprobs.exp() * logprobs).sum(-1)

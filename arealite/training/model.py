@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from arealite.data.models import resolve_model
 from arealite.errors import ConfigError, DataError
 from arealite.training import attention
-from arealite.training.logprobs import packed_logits, packed_logprobs
+from arealite.training.logprobs import packed_logits, packed_logprobs, packed_values
 from arealite.types import Head, MicroBatch
 
 
@@ -99,16 +99,31 @@ def blocks(model: PreTrainedModel) -> list[torch.nn.Module]:
     return list(found.values())
 
 
+def make_critic(model: PreTrainedModel) -> None:
+    """One number per token in place of the logits; 0 everywhere before any training."""
+    head: Any = model.get_output_embeddings()
+    weight = head.weight
+    critic_head = torch.nn.Linear(
+        weight.shape[1], 1, bias=False, device=weight.device, dtype=weight.dtype
+    )
+    if not weight.is_meta:
+        torch.nn.init.zeros_(critic_head.weight)
+    model.config.tie_word_embeddings = False
+    model.set_output_embeddings(critic_head)
+
+
 class PolicyModel(torch.nn.Module):
     """Micro-batch in, log-probs (or logits) and entropies out, in float32 or float64."""
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
         self.model = model
+        head: Any = model.get_output_embeddings()
+        self.is_critic = head.weight.shape[0] == 1
         self._longest = _longest_packable(model)
 
     def forward(self, mb: MicroBatch, head: Head = "logprobs") -> tuple[torch.Tensor, torch.Tensor]:
-        """As `packed_logprobs`, or [T, V] of `packed_logits` in place of its log-probs.
+        """As `packed_logprobs`, or with `packed_logits` [T, V] or `packed_values` for log-probs.
 
         An empty micro-batch runs one token, so that ranks stay in step.
         """
@@ -124,6 +139,9 @@ class PolicyModel(torch.nn.Module):
             return output[:0].clone(), entropy[:0]
         hidden, layout = self._hidden(mb)
         weight, is_first, dtype = self._head(), layout.position_ids == 0, _wide(hidden.dtype)
+        if head == "values":
+            values = packed_values(hidden, weight, is_first, dtype=dtype)
+            return values, torch.zeros_like(values)
         if head == "logits":
             return packed_logits(hidden, weight, mb.temperature, is_first, dtype=dtype)
         return packed_logprobs(hidden, weight, mb.token_ids, mb.temperature, is_first, dtype=dtype)

@@ -83,9 +83,18 @@ def attach(
     *,
     proximal_logprobs: list[torch.Tensor] | None = None,
     ref_logprobs: list[torch.Tensor] | None = None,
+    advantages: list[torch.Tensor] | None = None,
+    old_values: list[torch.Tensor] | None = None,
+    returns: list[torch.Tensor] | None = None,
 ) -> list[MicroBatch]:
     """The same micro-batches with these fields filled, one tensor [T] per micro-batch."""
-    given = {"proximal_logprobs": proximal_logprobs, "ref_logprobs": ref_logprobs}
+    given = {
+        "proximal_logprobs": proximal_logprobs,
+        "ref_logprobs": ref_logprobs,
+        "advantages": advantages,
+        "old_values": old_values,
+        "returns": returns,
+    }
     for name, values in given.items():
         if values is None:
             continue

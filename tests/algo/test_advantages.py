@@ -13,6 +13,7 @@ from arealite.algo.advantages import (
     leave_one_out_advantages,
     reward_advantages,
     step_advantages,
+    token_rewards,
 )
 from arealite.errors import ConfigError
 from arealite.types import Trajectory
@@ -256,3 +257,12 @@ def test_ranks_normalize_over_all_that_they_have_together():
 def test_what_to_normalize_over_is_named():
     with pytest.raises(ConfigError, match=r"over='words' must be 'tokens' or 'trajectories'"):
         batch_normalized([], [], over="words", sum_over_ranks=alone)  # type: ignore[arg-type]
+
+
+def test_the_reward_of_a_trajectory_stands_at_its_last_sampled_token():
+    alone, stepped = replace(steps_of(2), reward=0.5), replace(steps_of(3, (1, 1.0)), reward=9.0)
+    tail = replace(alone, token_ids=[0] * 4, loss_mask=[False, True, True, False])
+    assert token_rewards([[alone, stepped], [tail]]) == [
+        [[0.0, 0.0, 0.5], [0.0, 1.0, 0.0, 0.0]],
+        [[0.0, 0.0, 0.5, 0.0]],
+    ]

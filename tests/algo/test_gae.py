@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from arealite.algo.gae import gae
+from arealite.algo.gae import gae, normalized
 from arealite.errors import ConfigError
 
 # Computed outside of this project, for gamma .9 and lambda .8.
@@ -192,3 +192,19 @@ def test_what_does_not_fit_together_is_named(changes: dict[str, torch.Tensor], m
     arguments = dict(zip(names, packed(EXAMPLE), strict=True))
     with pytest.raises(ConfigError, match=message):
         gae(**{**arguments, **changes})
+
+
+def test_normalized_advantages_have_mean_zero_and_deviation_one_over_all_micro_batches():
+    advantages = [torch.tensor([1.0, 9.0, 2.0]), torch.tensor([6.0, 50.0])]
+    masks = [torch.tensor([True, False, True]), torch.tensor([True, False])]
+    first, second = normalized(advantages, masks, sum_over_ranks=list)
+    std = 7**0.5  # of 1, 2 and 6: mean 3, squares 4 + 1 + 9 over 2
+    assert first.tolist() == pytest.approx([-2 / std, 0.0, -1 / std], abs=1e-5)
+    assert second.tolist() == pytest.approx([3 / std, 0.0], abs=1e-5)
+
+
+def test_equal_advantages_and_none_normalize_to_zero():
+    ones, mask = torch.ones(3), torch.tensor([True, True, False])
+    assert normalized([ones], [mask], sum_over_ranks=list)[0].tolist() == [0.0] * 3
+    assert normalized([], [], sum_over_ranks=list) == []
+    assert normalized([ones], [~mask], sum_over_ranks=list)[0].tolist() == [0.0] * 3
