@@ -11,8 +11,9 @@ import pytest
 from arealite.config import parse
 from arealite.data import GSM8K_MINI, TINY_AGENT, load_rows, load_tokenizer
 from arealite.errors import RolloutError
+from arealite.observe.metrics import read_metrics
 from arealite.testing import ScriptedServer
-from recipes import filter_by_difficulty, gsm8k_dapo, gsm8k_gspo, math_ppo
+from recipes import filter_by_difficulty, gsm8k_dapo, gsm8k_gspo, gsm8k_ppo, math_ppo
 from tests.recipes.scripted import NUM_ROWS, first_rows, run_with_policy
 
 ANSWERS = {
@@ -35,11 +36,21 @@ def rollouts(out_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out_dir / "rollouts.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("recipe", [gsm8k_gspo, math_ppo])
+@pytest.mark.parametrize("recipe", [gsm8k_gspo, gsm8k_ppo, math_ppo])
 def test_it_takes_its_steps(recipe: Any, tmp_path: Path):
-    figures = run_with_policy(recipe, right_every_other_time(), tmp_path, "minibatches=2")
+    changes = ["minibatches=2"]
+    changes += ["critic_warmup_steps=1"] if recipe is gsm8k_ppo else []
+    figures = run_with_policy(recipe, right_every_other_time(), tmp_path, *changes)
     assert figures["train/grad_norm"] > 0
     assert figures["rollout/raw_reward"] == pytest.approx(0.5)
+
+
+def test_the_critic_learns_alone_at_first_and_its_knowledge_is_logged(tmp_path: Path):
+    run_with_policy(gsm8k_ppo, right_every_other_time(), tmp_path, "critic_warmup_steps=1")
+    first, second = (read_metrics(tmp_path)[version] for version in (1, 2))
+    assert "train/grad_norm" not in first and second["train/grad_norm"] > 0
+    assert first["critic/explained_variance"] == 0.0  # it expects 0 everywhere
+    assert second["critic/explained_variance"] != 0.0
 
 
 def test_right_is_worth_five_and_wrong_minus_five(tmp_path: Path):
