@@ -5,7 +5,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -46,16 +48,23 @@ def ranks(number: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+def one_and_two_ranks(model: str, folder: Path) -> list[list[dict[str, Any]]]:
+    """Figures of the ranks of two runs, which go on at the same time."""
+
+    def run(number: int) -> list[dict[str, Any]]:
+        file = folder / f"{number}.json"
+        done = ranks(number, model, str(file))
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(file.read_text())
+
+    with ThreadPoolExecutor() as pool:
+        return list(pool.map(run, (1, 2)))
+
+
 def test_only_rank_0_reads_files_and_the_others_never_hold_the_whole_model(
     large_model: str, tmp_path: Path
 ):
-    found: dict[int, list[dict[str, float]]] = {}
-    for number in (1, 2):
-        file = tmp_path / f"{number}.json"
-        run = ranks(number, large_model, str(file))
-        assert run.returncode == 0, run.stderr[-3000:]
-        found[number] = json.loads(file.read_text())
-    [alone], (first, second) = found[1], found[2]
+    [alone], (first, second) = one_and_two_ranks(large_model, tmp_path)
     assert [rank["has_read"] for rank in (alone, first, second)] == [True, True, False]
     assert first["sum"] == second["sum"] == pytest.approx(alone["sum"], rel=1e-12)
     size = alone["model_mb"]
@@ -103,16 +112,8 @@ def contradictory(folder: Path) -> str:
 
 @pytest.mark.parametrize("make", [deepseek, contradictory])
 def test_two_ranks_have_the_tensors_of_one(make: Callable[[Path], str], tmp_path: Path):
-    model = make(tmp_path / "model")
-    entries = {}
-    for number in (1, 2):
-        run = ranks(number, model, str(tmp_path / "out.json"))
-        assert run.returncode == 0, run.stderr[-3000:]
-        entries[number] = [
-            figures["tensors"] for figures in json.loads((tmp_path / "out.json").read_text())
-        ]
-    [alone] = entries[1]
-    assert entries[2] == [alone, alone]
+    [alone], both = one_and_two_ranks(make(tmp_path / "model"), tmp_path)
+    assert [figures["tensors"] for figures in both] == [alone["tensors"]] * 2
 
 
 def test_a_model_that_cannot_be_loaded_ends_all_ranks_with_its_reason(tmp_path: Path):
