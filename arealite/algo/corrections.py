@@ -5,12 +5,17 @@ policy is the trainer's at the start of the step. Weights multiply the surrogate
 left out of a loss stays in its denominator. T packed tokens, N sequences.
 """
 
+import math
+
 import torch
 
-from arealite.algo.losses import mean_of_sequence, sum_of_sequence
+from arealite.algo.losses import (
+    MAX_LOG_RATIO,
+    importance_weight,
+    mean_of_sequence,
+    sum_of_sequence,
+)
 from arealite.errors import ConfigError
-
-MAX_LOG_RATIO = 20.0
 
 
 def truncated_weight(
@@ -27,9 +32,8 @@ def truncated_weight(
     Source: TIS, https://fengyao.notion.site/off-policy-rl; its cap is 2.
     """
     _check_above("cap", cap, 0)
-    with torch.no_grad():
-        weight = _ratio(proximal_logprobs, behavior_logprobs, loss_mask)
-        return weight.clamp(max=cap), weight > cap
+    weight, _ = importance_weight(proximal_logprobs, behavior_logprobs, loss_mask, cap=math.inf)
+    return weight.clamp(max=cap), weight > cap
 
 
 def banded_weight(
@@ -45,10 +49,9 @@ def banded_weight(
     Source: IcePop, arXiv:2510.18855.
     """
     _check_above("high", high, low)
-    with torch.no_grad():
-        weight = _ratio(proximal_logprobs, behavior_logprobs, loss_mask)
-        dropped = loss_mask & ((weight < low) | (weight > high))
-        return weight.masked_fill(dropped, 0.0), dropped
+    weight, _ = importance_weight(proximal_logprobs, behavior_logprobs, loss_mask, cap=math.inf)
+    dropped = loss_mask & ((weight < low) | (weight > high))
+    return weight.masked_fill(dropped, 0.0), dropped
 
 
 def sequence_dropped(
@@ -138,13 +141,6 @@ def interpolated_proximal(
     alpha = torch.where(is_older, (age - 1) / age.clamp(min=1), 0.0).to(behavior_logprobs.dtype)
     gap = torch.where(loss_mask, logprobs.detach() - behavior_logprobs, 0.0)
     return behavior_logprobs + alpha * gap
-
-
-def _ratio(
-    proximal_logprobs: torch.Tensor, behavior_logprobs: torch.Tensor, loss_mask: torch.Tensor
-) -> torch.Tensor:
-    gap = torch.where(loss_mask, proximal_logprobs - behavior_logprobs, 0.0)
-    return gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
 
 
 def _check_above(name: str, value: float, limit: float) -> None:

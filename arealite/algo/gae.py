@@ -4,14 +4,10 @@ T packed tokens, N trajectories, K actions in all of them. An action is a token 
 sampled. Index t holds facts about token t.
 """
 
-import math
-from collections.abc import Callable, Sequence
-
 import torch
 
+from arealite.algo.advantages import STD_EPS, SumOverRanks
 from arealite.errors import ConfigError
-
-STD_EPS = 1e-6
 
 
 @torch.no_grad()
@@ -82,7 +78,7 @@ def normalized(
     advantages: list[torch.Tensor],
     loss_masks: list[torch.Tensor],
     *,
-    sum_over_ranks: Callable[[Sequence[float]], list[float]],
+    sum_over_ranks: SumOverRanks,
 ) -> list[torch.Tensor]:
     """Advantages less their mean, over their sample standard deviation plus 1e-6; 0 elsewhere.
 
@@ -102,7 +98,7 @@ def normalized(
     mean = total / count if count else 0.0
     squares = float(sum(((each - mean) ** 2).sum() for each in sampled))
     [squares] = sum_over_ranks([squares])
-    std = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+    std = (squares / (count - 1)) ** 0.5 if count > 1 else 0.0
     return [
         torch.where(mask, (advantage - mean) / (std + STD_EPS), 0.0) for advantage, mask in pairs
     ]
