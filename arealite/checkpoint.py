@@ -162,6 +162,15 @@ def load_checkpoint(out_dir: str | Path, train_engine: TrainEngine | Engines) ->
     return Cursor()
 
 
+def latest_version(out_dir: str | Path) -> int:
+    """Training steps that the newest checkpoint of this folder has behind it; 0 without any.
+
+    A collective of all ranks.
+    """
+    versions = _versions(Path(out_dir) / "checkpoints") if dist.rank() == 0 else []
+    return dist.broadcast(max(versions, default=0))
+
+
 class RunLock:
     """Keeps a second run out of the folder; the kernel releases it when this process ends.
 

@@ -122,7 +122,8 @@ def main(cfg: Config) -> None:
                 push_weights(train_engine, inference_engine, version=version + 1)
 
                 progress = rollout_metrics(groups, version, lost) | train_metrics(stats) | gap
-                metrics.log(version + 1, progress | inference_engine.take_metrics())
+                progress |= explore.take_metrics() | inference_engine.take_metrics()
+                metrics.log(version + 1, progress)
                 if (version + 1) % cfg.save_every_steps == 0 or version + 1 == cfg.steps:
                     save_checkpoint(cfg.out_dir, train_engine, rollouts.cursor(version + 1))
 

@@ -30,7 +30,7 @@ from arealite.inference.vllm import VLLMEngine
 from arealite.observe.metrics import MetricLogger, rollout_metrics, train_metrics
 from arealite.observe.rollout_log import RolloutLog
 from arealite.rewards.math import gsm8k_reward
-from arealite.rollout.executor import RolloutExecutor, run_episodes
+from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episodes
 from arealite.rollout.workflows import SingleTurnWorkflow
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import attach, pack
@@ -46,22 +46,30 @@ class Config(gsm8k_grpo.Config):
 
     gamma: float = 1.0
     """Discount per token, from 0 to 1."""
-    gae_lambda: float = 1.0
+    gae_lambda: float = 0.95
     """0 trusts the critic after one token, 1 only the rewards."""
     value_clip: float = 0.5
     """How far a value may move in one step before its gradient stops, in units of the reward."""
+    critic_epochs: int = 4
+    """Times that the critic goes over a batch; it may learn faster than the policy."""
     critic_warmup_steps: int = 5
     """First training steps, in which only the critic learns."""
+    group_size: int = 2
+    """Completions per prompt; the critic needs no others to compare with, so more prompts do."""
     clip_high: float = 0.2
     """The ratio current/proximal may rise to 1 + clip_high before its gradient stops."""
+    steps: int = 40
+    """Training steps; each consumes one batch and makes one weight version."""
     out_dir: str = "runs/gsm8k_ppo"
     """Metrics, rollouts and checkpoints; a run that finds a checkpoint here continues from it."""
 
-    critic: FSDPConfig = FSDPConfig(lr=2e-4, warmup_steps=5, micro_batch_tokens=8_192)
+    rollout: RolloutConfig = RolloutConfig(prompts_per_step=64, max_staleness=2)
+    critic: FSDPConfig = FSDPConfig(lr=1e-3, warmup_steps=5, micro_batch_tokens=8_192)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_at_least(self, gamma=0, gae_lambda=0, value_clip=1e-9, critic_warmup_steps=0)
+        check_at_least(self, critic_epochs=1)
 
 
 def estimate(
@@ -174,7 +182,7 @@ def main(cfg: Config) -> None:
                 ]
                 minibatches = estimate(minibatches, critic, cfg)
                 gap = gate.check(minibatches, version) | knowledge(minibatches)
-                for mbs in minibatches:
+                for mbs in minibatches * cfg.critic_epochs:
                     critic.step(mbs, critic_loss_fn, head="values")
                 stats = (
                     []

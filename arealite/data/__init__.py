@@ -3,11 +3,18 @@
 from arealite.data.gsm8k_mini import generate_problems
 from arealite.data.models import TINY_AGENT, TINY_MATH, load_tokenizer, resolve_model
 from arealite.data.order import RowOrder
-from arealite.data.rows import GSM8K_LARGE, GSM8K_MINI, TINY_PROGRAMS, load_rows
+from arealite.data.rows import (
+    GSM8K_LARGE,
+    GSM8K_MINI,
+    MINI_PREFERENCES,
+    TINY_PROGRAMS,
+    load_rows,
+)
 
 __all__ = [
     "GSM8K_LARGE",
     "GSM8K_MINI",
+    "MINI_PREFERENCES",
     "TINY_AGENT",
     "TINY_MATH",
     "TINY_PROGRAMS",

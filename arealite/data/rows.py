@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from arealite.data import gsm8k_large, gsm8k_mini, tiny_programs
+from arealite.data import gsm8k_large, gsm8k_mini, mini_preferences, tiny_programs
 from arealite.data.paths import is_hub_id, local_path
 from arealite.errors import DataError
 from arealite.types import Row
@@ -16,10 +16,16 @@ GSM8K_LARGE = "arealite/gsm8k-large"
 """The same with numbers that a tiny model cannot compute with, but a tool can."""
 TINY_PROGRAMS = "arealite/tiny-programs"
 """Name of an embedded data set: generated programming tasks, with `tests` in every row."""
+MINI_PREFERENCES = "arealite/mini-preferences"
+"""Name of an embedded data set: to each problem of gsm8k-mini a chosen and a rejected answer."""
 
 _EMBEDDED: dict[str, dict[str, Callable[[], list[Row]]]] = {
     GSM8K_MINI: {"train": gsm8k_mini.train_problems, "test": gsm8k_mini.test_problems},
     GSM8K_LARGE: {"train": gsm8k_large.train_problems, "test": gsm8k_large.test_problems},
+    MINI_PREFERENCES: {
+        "train": mini_preferences.train_pairs,
+        "test": mini_preferences.test_pairs,
+    },
     TINY_PROGRAMS: {"train": tiny_programs.train_programs, "test": tiny_programs.test_programs},
 }
 _ENDINGS = (".jsonl", ".json", ".parquet")

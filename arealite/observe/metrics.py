@@ -22,6 +22,9 @@ batch that made it. Names, in the order in which a step meets them:
 | rollout/oldest_token_share_K | share of trajectories whose oldest sampled token is so old |
 | rollout/tokens | sampled tokens in the batch |
 | groups/constant_share | share of groups in which every reward is equal: they teach nothing |
+| groups/sampled | groups sampled since the step before; only with dynamic sampling |
+| groups/sampled_constant_share | groups/constant_share of them, before any is left out |
+| groups/extra_samples | trajectories of groups that were left out for their equal rewards |
 | groups/rejected | rows that their workflow refused since the step before; see lost.jsonl |
 | groups/failed | rows whose episode raised or took too long, likewise |
 | groups/too_old | rows given up as too old to train on, likewise; only with `rollout.order=ready` |
@@ -42,9 +45,11 @@ batch that made it. Names, in the order in which a step meets them:
 | server/retries | requests of rank 0 that were asked again since the step before |
 | server/lost | times that rank 0 gave a server up since then: it died, or hung |
 | time/step_s | seconds since the previous call of `log`, so without evaluation and start-up |
-| time/tokens_per_s | rollout/tokens per time/step_s |
+| train/tokens | trainable tokens in the batch, where there are no rollouts |
+| time/tokens_per_s | rollout/tokens or train/tokens per time/step_s |
 | eval/reward | mean reward of greedy samples on test rows, from the recipe's `evaluate` |
 | eval/response_length | mean number of sampled tokens in them |
+| eval/loss | loss on test rows, in supervised training and on preferences |
 | time_s | seconds since the run began, waiting included, but not the start of a resumed one |
 
 `rollout/...`, `groups/...` and `lost/...` are over all ranks. A value that does not exist, as a
@@ -385,7 +390,8 @@ def _speed(step_s: float, values: dict[str, float]) -> dict[str, float]:
     """Duration of a step and sampled tokens per second; empty if the clock did not move."""
     if step_s <= 0:
         return {}
-    tokens_per_s = values.get("rollout/tokens", math.nan) / step_s
+    tokens = values.get("rollout/tokens", values.get("train/tokens", math.nan))
+    tokens_per_s = tokens / step_s
     return {"time/step_s": step_s, "time/tokens_per_s": tokens_per_s}
 
 

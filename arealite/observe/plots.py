@@ -31,6 +31,8 @@ _LIMIT: dict[str, Any] = {"color": "#7f7f7f", "linewidth": 1.0, "linestyle": "--
 def plot_curve(out_dir: str | Path) -> Path:
     """Draw reward, response length, staleness and log-prob gap over steps; returns curve.png.
 
+    Of a run without rollouts, loss and gradient norm.
+
     Raises:
         DataError: there is no metrics.jsonl with at least one step in `out_dir`.
     """
@@ -41,15 +43,20 @@ def plot_curve(out_dir: str | Path) -> Path:
             f"{out_dir}/metrics.jsonl has no step to draw. Give the out_dir of a run that has "
             "finished at least one training step."
         )
+    has_rollouts = any("rollout/reward" in values for values in steps.values())
+    panels = (
+        (_draw_reward, _draw_length, _draw_staleness, _draw_gap)
+        if has_rollouts
+        else (_draw_loss, _draw_grad_norm)
+    )
+    num_rows = len(panels) // 2
     # Figure itself, not pyplot: the backend that a notebook has chosen stays as it is.
-    figure = Figure(figsize=(10, 6.4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(10, 0.4 + 3 * num_rows), dpi=130, layout="constrained")
     figure.suptitle(out_dir.resolve().name, fontsize=12)
-    reward, length, staleness, gap = figure.subplots(2, 2, sharex=True).flat
-    _draw_reward(reward, steps)
-    _draw_length(length, steps)
-    _draw_staleness(staleness, steps)
-    _draw_gap(gap, steps)
-    for axes in (staleness, gap):
+    grid = figure.subplots(num_rows, 2, sharex=True, squeeze=False)
+    for draw, axes in zip(panels, grid.flat, strict=True):
+        draw(axes, steps)
+    for axes in grid[-1]:
         axes.set_xlabel("training step")
     path = out_dir / "curve.png"
     partial = out_dir / ".curve.png.partial"
@@ -62,6 +69,18 @@ def _draw_reward(axes: Axes, steps: Steps) -> None:
     _line(axes, steps, "rollout/reward", "training batch", _MEAN)
     _line(axes, steps, "eval/reward", "evaluation", _EVAL)
     _finish(axes, "Reward", "mean reward")
+
+
+def _draw_loss(axes: Axes, steps: Steps) -> None:
+    _line(axes, steps, "train/loss", "training batch", _MEAN)
+    _line(axes, steps, "eval/loss", "evaluation", _EVAL)
+    _finish(axes, "Loss", "mean loss")
+
+
+def _draw_grad_norm(axes: Axes, steps: Steps) -> None:
+    _line(axes, steps, "train/grad_norm", "before clipping", _MEAN)
+    axes.set_ylim(bottom=0)
+    _finish(axes, "Gradient", "norm over all weights")
 
 
 def _draw_length(axes: Axes, steps: Steps) -> None:

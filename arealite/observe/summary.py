@@ -38,9 +38,13 @@ def summarize(steps: Steps) -> dict[str, float]:
         ("eval_response_length", "eval/response_length"),
         ("reward", "rollout/reward"),
         ("response_length", "rollout/response_length"),
+        ("eval_loss", "eval/loss"),
     ):
         if values := column(steps, name):
             summary |= {f"{label}_first": values[0], f"{label}_last": values[-1]}
+    if sampled := column(steps, "groups/sampled_constant_share"):
+        summary["unequal_share_sampled"] = 1 - statistics.fmean(sampled)
+        summary["unequal_share"] = 1 - statistics.fmean(column(steps, "groups/constant_share"))
     if worst := column(steps, "rollout/staleness_max"):
         summary["staleness_max"] = max(worst)
     if gaps:
@@ -54,14 +58,15 @@ def summarize(steps: Steps) -> dict[str, float]:
 
 def final_figures(summary: dict[str, float]) -> dict[str, float | None]:
     """What a finished run is judged by, under the names its last line uses; None if unknown."""
-    sources = {
+    reinforced = {
         "accuracy_before": "eval_reward_first",
         "accuracy_after": "eval_reward_last",
         "length_before": "eval_response_length_first",
         "length_after": "eval_response_length_last",
-        "time_to_first_step_s": "time_to_first_step_s",
-        "train_s": "train_s",
     }
+    supervised = {"loss_before": "eval_loss_first", "loss_after": "eval_loss_last"}
+    sources = supervised if "eval_loss_first" in summary else reinforced
+    sources |= {name: name for name in ("time_to_first_step_s", "train_s")}
     known = {name: summary.get(source) for name, source in sources.items()}
     return {name: None if value is None else round(value, 4) for name, value in known.items()}
 
@@ -84,6 +89,8 @@ def format_summary(summary: dict[str, float], out_dir: Path) -> list[str]:
         "response length": _change(summary, "eval_response_length", 1),
         "reward in training": _change(summary, "reward", 3),
         "response length in training": _change(summary, "response_length", 1),
+        "loss in evaluation": _change(summary, "eval_loss", 3),
+        "groups with unequal rewards": _unequal(summary),
         "worst staleness in versions": _text(summary, "staleness_max", "{:.0f}"),
         "|server - trainer| log-prob": _text(summary, "logprob_gap_mean", "{:.5f}"),
         "time in checks of it": _text(summary, "gate_share", "{:.1%} of the total"),
@@ -92,6 +99,14 @@ def format_summary(summary: dict[str, float], out_dir: Path) -> list[str]:
         "in": str(out_dir.resolve()),
     }
     return ["", *(f"{label:>28}  {text}" for label, text in rows.items() if text)]
+
+
+def _unequal(summary: dict[str, float]) -> str:
+    if "unequal_share_sampled" not in summary:
+        return ""
+    return (
+        f"{summary['unequal_share_sampled']:.1%} sampled, {summary['unequal_share']:.1%} trained on"
+    )
 
 
 def _text(summary: dict[str, float], name: str, pattern: str) -> str:

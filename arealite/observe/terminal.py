@@ -53,30 +53,37 @@ def _staleness(values: Values) -> str:
     return f"{mean:.{2 if mean < 10 else 1}f}/{worst:.0f}"
 
 
-_COLUMNS = (
-    _number("reward", 7, "rollout/reward", 3),
-    _number("length", 7, "rollout/response_length", 1),
-    _Column("stale", 8, _staleness),
-    _number("gap", 9, "gate/logprob_gap_mean", 5),
+_SUPERVISED = (
     _number("loss", 9, "train/loss", 4),
     _number("grad", 8, "train/grad_norm", 2),
     _number("tok/s", 8, "time/tokens_per_s", 0),
     _number("s/step", 7, "time/step_s", 2),
 )
+_REINFORCED = (
+    _number("reward", 7, "rollout/reward", 3),
+    _number("length", 7, "rollout/response_length", 1),
+    _Column("stale", 8, _staleness),
+    _number("gap", 9, "gate/logprob_gap_mean", 5),
+    *_SUPERVISED,
+)
 
 
-def format_header() -> str:
-    """The titles of the table, aligned with `format_row`."""
-    titles = "".join(f"{column.title:>{column.width}}" for column in _COLUMNS)
+def format_header(values: Values) -> str:
+    """The titles of the table of which this is a row, aligned with `format_row`."""
+    titles = "".join(f"{column.title:>{column.width}}" for column in _columns(values))
     return f"{'step':>9}{titles}{'left':>7}"
 
 
 def format_row(step: str, values: Values, seconds_left: float | None) -> str:
     """One training step as one row; what was not measured is a dash."""
-    cells = "".join(f"{column.text(values):>{column.width}}" for column in _COLUMNS)
+    cells = "".join(f"{column.text(values):>{column.width}}" for column in _columns(values))
     left = "-" if seconds_left is None else format_duration(seconds_left)
     skipped = "" if values.get("train/skipped", 0) == 0 else "  SKIPPED: gradient not finite"
     return f"{step:>9}{cells}{left:>7}{skipped}"
+
+
+def _columns(values: Values) -> tuple[_Column, ...]:
+    return _REINFORCED if "rollout/reward" in values else _SUPERVISED
 
 
 def format_evaluation(step: str, values: Values) -> str:
@@ -107,10 +114,10 @@ class StepTable:
 
     def show_step(self, version: int, values: Values, seconds_left: float | None) -> None:
         """Print the row of one training step, and the header before every twentieth."""
-        if self._num_rows == 0:
+        if self._num_rows == 0 and _columns(values) is _REINFORCED:
             show(LEGEND, style="dim")
         if self._num_rows % ROWS_PER_HEADER == 0:
-            show(format_header(), style="bold")
+            show(format_header(values), style="bold")
         self._num_rows += 1
         is_skipped = values.get("train/skipped", 0) > 0
         row = format_row(self._step(version), values, seconds_left)

@@ -44,6 +44,30 @@ _REFUSALS = (
 )
 
 
+def first_messages(question: str | Sequence[Message], system_prompt: str = "") -> list[Message]:
+    """What a conversation begins with: a question, or messages as they are.
+
+    Args:
+        system_prompt: comes first, unless the messages begin with one of their own; empty: none.
+
+    Raises:
+        DataError: it is neither.
+    """
+    messages = [{"role": "user", "content": question}] if isinstance(question, str) else question
+    if (
+        not isinstance(messages, Sequence)
+        or not messages
+        or not all(isinstance(message, dict) and "role" in message for message in messages)
+    ):
+        raise DataError(
+            f"A conversation begins with {question!r:.80}. It takes a text, or a list of "
+            "messages with `role` and `content`."
+        )
+    if system_prompt and messages[0]["role"] not in ("system", "developer"):
+        return [{"role": "system", "content": system_prompt}, *messages]
+    return list(messages)
+
+
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
     """The template of a tokenizer, with tools and variables; conversations share it.
@@ -90,6 +114,18 @@ class ChatTemplate:
             elif part:
                 token_ids += self._encode(part)
         return token_ids
+
+    def encode_text(self, text: str) -> list[int]:
+        """Token ids of text in which nothing is a control token, whatever it imitates."""
+        return self.encode(self._shield(text, is_trusted=True))
+
+    @cached_property
+    def end_token_id(self) -> int:
+        """The control token behind the last answer of a conversation."""
+        said = [{"role": role, "content": _PROBE} for role in ("user", "assistant")]
+        text = self.render(said, is_open=False)
+        found = self._control.search(text[text.rindex(_PROBE) :])
+        return self._encode(found[0] if found else str(self.tokenizer.eos_token))[0]
 
     def plain(self, text: str) -> str:
         """What `render` gave, as it reads without marks."""

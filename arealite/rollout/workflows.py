@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import KW_ONLY, dataclass, fields, is_dataclass, replace
 from functools import cached_property
@@ -9,10 +10,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from arealite import dist
 from arealite.api import InferenceEngine
-from arealite.errors import ConfigError, DataError, PromptTooLongError, first_cause
+from arealite.errors import ConfigError, PromptTooLongError, first_cause
 from arealite.rewards.pool import RewardFn
-from arealite.rollout.chat_template import ChatTemplate, Message
+from arealite.rollout.chat_template import ChatTemplate, Message, first_messages
 from arealite.rollout.groups import flattened
 from arealite.rollout.tools import CallFormat, Tools, check_call_format, parse_answer
 from arealite.rollout.transcript import Transcript
@@ -99,19 +101,7 @@ class ChatWorkflow:
             question: behind the system prompt, unless the messages begin with one of their own.
             template: another one than that of the workflow, such as with tools of its own.
         """
-        is_text = isinstance(question, str)
-        messages = [{"role": "user", "content": question}] if is_text else question
-        if (
-            not isinstance(messages, Sequence)
-            or not messages
-            or not all(isinstance(message, dict) and "role" in message for message in messages)
-        ):
-            raise DataError(
-                f"A conversation begins with {question!r:.80}. It takes a text, or a list of "
-                "messages with `role` and `content`."
-            )
-        if self.system_prompt and messages[0]["role"] not in ("system", "developer"):
-            messages = [{"role": "system", "content": self.system_prompt}, *messages]
+        messages = first_messages(question, self.system_prompt)
         return Transcript(
             template or self.template, messages, reward_timeout_s=self.reward_timeout_s
         )
@@ -142,8 +132,8 @@ class SingleTurnWorkflow(ChatWorkflow):
 class DynamicSampling:
     """Rejects groups whose rewards are all equal, which teach nothing: the next row is taken.
 
-    How many were is logged as `groups/rejected`. Where nearly all are equal the run ends and says
-    so: then the questions are too easy, or too hard.
+    What it costs is in `take_metrics`. Where nearly all are equal the run ends and says so: then
+    the questions are too easy, or too hard.
 
     Args:
         workflow: whose groups these are.
@@ -154,12 +144,32 @@ class DynamicSampling:
     def __init__(self, workflow: ChatWorkflow) -> None:
         self.workflow = workflow
         self.group_size = workflow.group_size
+        self._num_sampled = self._num_equal = self._num_extra = 0
 
     async def arun_episode(self, engine: InferenceEngine, row: Row) -> list[Trajectory] | None:
         group = await self.workflow.arun_episode(engine, row)
-        if group is None or len({trajectory.reward for trajectory in group}) == 1:
+        if group is None:
             return None
-        return group
+        self._num_sampled += 1
+        if len({trajectory.reward for trajectory in group}) > 1:
+            return group
+        self._num_equal += 1
+        self._num_extra += len(group)
+        return None
+
+    def take_metrics(self) -> dict[str, float]:
+        """Of the groups sampled since the last call: how many, and how many for nothing.
+
+        A collective of all ranks; see `observe.metrics` for the names.
+        """
+        counts = [self._num_sampled, self._num_equal, self._num_extra]
+        self._num_sampled = self._num_equal = self._num_extra = 0
+        sampled, equal, extra = dist.sum(counts)
+        return {
+            "groups/sampled": sampled,
+            "groups/sampled_constant_share": equal / sampled if sampled else math.nan,
+            "groups/extra_samples": extra,
+        }
 
 
 @dataclass(eq=False, repr=False)

@@ -184,7 +184,7 @@ class FSDPEngine:
         if not self.cfg.lora_rank:
             raise ConfigError(
                 "This engine trains all weights, so those of the reference are gone. Set "
-                "train.lora_rank, or make a second FSDPEngine of the same model."
+                "train.lora_rank, or use training.reference.Reference, which keeps them."
             )
         with lora.without_adapters(self._policy.model):
             return self.logprobs(minibatch)

@@ -10,7 +10,7 @@ gathered list, so no rank has to be told its part.
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from heapq import heapify, heapreplace
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, groupby, pairwise
 from typing import Literal, get_args
 
 import numpy as np
@@ -42,6 +42,7 @@ def pack(
     max_tokens: int,
     aggregation: Aggregation,
     max_length: int | None = None,
+    keep_groups: bool = False,
 ) -> list[list[MicroBatch]]:
     """This rank's micro-batches of every minibatch. A collective: trajectories change ranks.
 
@@ -50,7 +51,7 @@ def pack(
     trajectories carry `row_index`.
 
     Args:
-        groups: this rank's groups; only their order matters here.
+        groups: this rank's groups; only their order matters here, unless they are kept.
         advantages: like groups: per trajectory one float, or one float per token.
         num_minibatches: optimizer steps; trajectories are split in order, counts differ by 1.
         max_tokens: no micro-batch is longer.
@@ -58,6 +59,9 @@ def pack(
             token: mean over trainable tokens. sequence: mean over sequences of their means.
             constant: sum divided by (sequences * max_length).
         max_length: the constant of `aggregation="constant"`, in tokens.
+        keep_groups: lay the trajectories of a group side by side in one micro-batch, in their
+            order, for a loss that compares them. Then groups are split over the optimizer steps;
+            each must fit into max_tokens, and have a `row_index` of its own.
     """
     if aggregation not in get_args(Aggregation):
         raise ConfigError(f"aggregation={aggregation!r} is none of {get_args(Aggregation)}.")
@@ -67,14 +71,16 @@ def pack(
             "Pass the budget of one response, e.g. max_length=cfg.sampling.max_new_tokens."
         )
     sequences = _gather(groups, advantages)
-    if not 1 <= num_minibatches <= len(sequences):
+    units = _by_row(sequences) if keep_groups else [[sequence] for sequence in sequences]
+    if not 1 <= num_minibatches <= len(units):
         raise ConfigError(
-            f"{len(sequences)} trajectories cannot make num_minibatches={num_minibatches}. "
-            "Set it between 1 and the number of trajectories of a step."
+            f"{len(units)} {'groups' if keep_groups else 'trajectories'} cannot make "
+            f"num_minibatches={num_minibatches}. Set it between 1 and their number in a step."
         )
-    _check_fits([len(sequence) for sequence in sequences], max_tokens)
-    bounds = [i * len(sequences) // num_minibatches for i in range(num_minibatches + 1)]
-    minibatches = [sequences[start:end] for start, end in pairwise(bounds)]
+    what = "group, which is kept together," if keep_groups else "trajectory"
+    _check_fits([sum(map(len, unit)) for unit in units], max_tokens, what)
+    bounds = [i * len(units) // num_minibatches for i in range(num_minibatches + 1)]
+    minibatches = [units[start:end] for start, end in pairwise(bounds)]
     return [_cut(part, max_tokens, aggregation, max_length or 1) for part in minibatches]
 
 
@@ -175,11 +181,11 @@ def _gather(
     return sorted((s for _, part in parts for s in part), key=lambda s: s.row_index)
 
 
-def _check_fits(lengths: Sequence[int], max_tokens: int) -> None:
+def _check_fits(lengths: Sequence[int], max_tokens: int, what: str = "trajectory") -> None:
     longest = max(lengths, default=0)
     if longest > max_tokens:
         raise ConfigError(
-            f"A trajectory has {longest} tokens, but a micro-batch holds at most "
+            f"A {what} has {longest} tokens, but a micro-batch holds at most "
             f"{max_tokens}. Set train.micro_batch_tokens to {longest} or more, or lower "
             "sampling.max_new_tokens."
         )
@@ -218,14 +224,25 @@ def _to_sequence(trajectory: Trajectory, advantage: float | Sequence[float]) -> 
     )
 
 
+def _by_row(sequences: list[_Sequence]) -> list[list[_Sequence]]:
+    """The sequences of each row, which stand one after the other."""
+    if any(sequence.row_index < 0 for sequence in sequences):
+        raise TrajectoryError(
+            "A trajectory has no row_index, which says what group it is kept with. "
+            "Set it to the place of its row in the run's order."
+        )
+    return [list(group) for _, group in groupby(sequences, key=lambda s: s.row_index)]
+
+
 def _cut(
-    sequences: list[_Sequence], max_tokens: int, aggregation: Aggregation, max_length: int
+    units: list[list[_Sequence]], max_tokens: int, aggregation: Aggregation, max_length: int
 ) -> list[MicroBatch]:
-    """This rank's micro-batches of one minibatch."""
-    weights = _token_weights(sequences, aggregation, max_length)
-    lengths = [len(sequence) for sequence in sequences]
+    """This rank's micro-batches of one minibatch; what is in a unit stays together."""
+    weights = iter(_token_weights(list(chain.from_iterable(units)), aggregation, max_length))
+    weighted = [[(sequence, next(weights)) for sequence in unit] for unit in units]
+    lengths = [sum(map(len, unit)) for unit in units]
     mine = deal(lengths, max_tokens, dist.world_size())[dist.rank()]
-    return [_micro_batch([(sequences[i], weights[i]) for i in chosen]) for chosen in mine]
+    return [_micro_batch(list(chain.from_iterable(weighted[i] for i in chosen))) for chosen in mine]
 
 
 def _token_weights(

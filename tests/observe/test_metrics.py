@@ -364,6 +364,28 @@ def test_a_config_file_that_cannot_be_read_is_replaced(
     assert "lr: 0.0001" in (tmp_path / "config.yaml").read_text()
 
 
+def test_a_run_without_rollouts_is_told_by_its_loss(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    with MetricLogger(tmp_path, Config()) as logger:
+        logger.log(0, {"eval/loss": 2.5})
+        logger.log(1, {"train/loss": 2.0, "train/grad_norm": 1.5, "train/tokens": 640})
+        logger.log(1, {"eval/loss": 1.25})
+        logger.report(checkpoint="there")
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1]) == {
+        "loss_before": 2.5,
+        "loss_after": 1.25,
+        "time_to_first_step_s": json.loads(lines[-1])["time_to_first_step_s"],
+        "train_s": json.loads(lines[-1])["train_s"],
+        "checkpoint": "there",
+    }
+    assert not any("reward" in line or "stale" in line for line in lines)
+    [header] = [line for line in lines if line.split()[:1] == ["step"]]
+    assert header.split() == ["step", "loss", "grad", "tok/s", "s/step", "left"]
+    assert any("loss in evaluation  2.500 -> 1.250" in line for line in lines)
+
+
 def test_the_summary_tells_the_run_in_numbers(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ):

@@ -81,6 +81,21 @@ def test_a_run_of_one_step_without_evaluation_or_gate_can_be_drawn(
     assert texts == ["training batch", "evaluation (not logged)"]
 
 
+def test_a_run_without_rollouts_shows_its_loss(tmp_path: Path, figures: list[Figure]):
+    lines = [
+        {"version": 0, "eval/loss": 2.5},
+        {"version": 1, "train/loss": 2.0, "train/grad_norm": 1.5},
+        {"version": 2, "train/loss": 1.0, "train/grad_norm": 0.5},
+    ]
+    write_metrics(tmp_path, lines)
+    plot_curve(tmp_path)
+    loss, gradient = figures[0].axes
+    train, evaluation = loss.get_lines()
+    assert (x_of(train), y_of(train)) == ([1, 2], [2.0, 1.0])
+    assert (x_of(evaluation), y_of(evaluation)) == ([0], [2.5])
+    assert y_of(gradient.get_lines()[0]) == [1.5, 0.5]
+
+
 def test_a_folder_without_steps_is_refused(tmp_path: Path):
     with pytest.raises(DataError, match=r"metrics.jsonl has no step to draw"):
         plot_curve(tmp_path)

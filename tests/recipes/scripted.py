@@ -20,19 +20,28 @@ def first_rows(*args: Any, **kwargs: Any) -> list[Row]:
 
 
 def run_with_policy(
-    recipe: Any, policy: Callable[[str], str], out_dir: Path, *changes: str
+    recipe: Any,
+    policy: Callable[[str], str],
+    out_dir: Path,
+    *changes: str,
+    loop: Any = None,
 ) -> dict[str, float]:
-    """Two steps of the recipe with `NUM_ROWS` rows; the metrics of the last version."""
+    """Two steps of the recipe with `NUM_ROWS` rows; the metrics of the last version.
+
+    Args:
+        loop: the recipe whose loop it runs, if that is another one.
+    """
     tokenizer = load_tokenizer(TINY_AGENT)
 
     def script(prompt: list[int]) -> list[int]:
         return tokenizer.encode(f"{policy(str(tokenizer.decode(prompt)))}{tokenizer.eos_token}")
 
-    settings = [f"out_dir={out_dir}", "steps=2", "group_size=2", "rollout.prompts_per_step=2"]
-    settings += [f"model={TINY_AGENT}", *changes]
+    defaults = ["steps=2", "group_size=2", "rollout.prompts_per_step=2", f"model={TINY_AGENT}"]
+    settings = dict(each.split("=", 1) for each in [f"out_dir={out_dir}", *defaults, *changes])
     size = {"vocab_size": len(tokenizer), "max_model_len": 1_024}
     with ScriptedServer(script, **size) as server:
         addresses = f"server.addresses=[{server.address}]"
-        with patch.object(recipe, "load_rows", first_rows):
-            recipe.main(parse(recipe.Config, [*settings, addresses, *NO_WEIGHTS]))
+        with patch.object(loop or recipe, "load_rows", first_rows):
+            given = map("=".join, settings.items())
+            recipe.main(parse(recipe.Config, [*given, addresses, *NO_WEIGHTS]))
     return read_metrics(out_dir)[2]

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,17 @@ import pytest
 
 from arealite.config import parse
 from arealite.data import GSM8K_MINI, TINY_AGENT, load_rows, load_tokenizer
-from arealite.errors import RolloutError
+from arealite.errors import ConfigError, RolloutError
 from arealite.observe.metrics import read_metrics
 from arealite.testing import ScriptedServer
-from recipes import filter_by_difficulty, gsm8k_dapo, gsm8k_gspo, gsm8k_ppo, math_ppo
+from recipes import (
+    filter_by_difficulty,
+    gsm8k_dapo,
+    gsm8k_gspo,
+    gsm8k_ppo,
+    lengthen_context,
+    math_ppo,
+)
 from tests.recipes.scripted import NUM_ROWS, first_rows, run_with_policy
 
 ANSWERS = {
@@ -34,6 +42,31 @@ def right_every_other_time() -> Callable[[str], str]:
 
 def rollouts(out_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (out_dir / "rollouts.jsonl").read_text().splitlines()]
+
+
+def test_each_stage_has_its_budget_and_goes_on_from_the_one_before(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    run = partial(run_with_policy, lengthen_context, right_every_other_time(), tmp_path)
+    changes = ["stages=[[1,30]]", "sampling.max_new_tokens=50", "minibatches=1"]
+    run(*changes, loop=math_ppo)
+    assert [line["version"] for line in rollouts(tmp_path)] == [1] * 4 + [2] * 4
+    printed = capsys.readouterr().out
+    assert f"{tmp_path} continues after step 1." in printed
+    assert "sampling.max_new_tokens: 30 -> 50" in printed
+    # Once more with another step: the first stage is not begun again.
+    run(*changes, "steps=3", loop=math_ppo)
+    assert "sampling.max_new_tokens" not in capsys.readouterr().out
+    assert read_metrics(tmp_path)[3]["train/grad_norm"] > 0
+
+
+@pytest.mark.parametrize(
+    "stages", ["[[2,30]]", "[[1,50]]", "[[1,30],[1,40]]", "[[0,30]]", "[[1,0]]"]
+)
+def test_stages_that_do_not_rise_are_refused(stages: str):
+    settings = ["steps=2", "sampling.max_new_tokens=50", f"stages={stages}"]
+    with pytest.raises(ConfigError, match=r"must rise from stage to stage.* up to steps=2"):
+        parse(lengthen_context.Config, settings)
 
 
 @pytest.mark.parametrize("recipe", [gsm8k_gspo, gsm8k_ppo, math_ppo])
@@ -69,7 +102,9 @@ def test_what_comes_near_the_budget_is_worth_less(tmp_path: Path):
         assert line["reward"] == pytest.approx(line["raw_reward"] - length / 64 * 0.5)
 
 
-def test_questions_that_teach_nothing_are_passed_over(tmp_path: Path):
+def test_questions_that_teach_nothing_are_passed_over_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
     """Those of every other row are answered alike."""
     calls, seen = count(), dict[str, int]()
 
@@ -80,6 +115,13 @@ def test_questions_that_teach_nothing_are_passed_over(tmp_path: Path):
 
     figures = run_with_policy(gsm8k_dapo, policy, tmp_path)
     assert figures["groups/constant_share"] == 0.0
+    steps = read_metrics(tmp_path).values()
+    extra = sum(step.get("groups/extra_samples", 0) for step in steps)
+    sampled = sum(step.get("groups/sampled", 0) for step in steps)
+    assert extra >= 2 and sampled >= 4 + extra / 2  # two steps of two groups of two
+    shares = [step["groups/sampled_constant_share"] for step in steps if "train/loss" in step]
+    assert max(shares) > 0
+    assert "groups with unequal rewards" in capsys.readouterr().out
     assert (tmp_path / "lost.jsonl").read_text().count("rejected") > 0
 
 

@@ -1,7 +1,7 @@
 import math
 import random
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import numpy as np
@@ -232,6 +232,58 @@ def test_minibatches_follow_the_order_of_rows_and_differ_by_at_most_one_trajecto
         joined(by_row[:2]),
         joined(by_row[2:]),
     ]
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    sizes=st.lists(st.integers(1, 4), min_size=1, max_size=9),
+    num_ranks=st.integers(1, 3),
+    num_minibatches=st.integers(1, 3),
+)
+def test_groups_that_are_kept_stand_side_by_side_in_their_order(
+    sizes: list[int], num_ranks: int, num_minibatches: int
+):
+    groups = [
+        [
+            make_trajectory(2, 1 + (7 * row + 3 * place) % 9, row_index=row, seed=10 * row + place)
+            for place in range(size)
+        ]
+        for row, size in enumerate(sizes)
+    ]
+    num_minibatches = min(num_minibatches, len(groups))
+    ranks = pack_on_ranks(
+        groups,
+        num_ranks,
+        num_minibatches=num_minibatches,
+        max_tokens=44,
+        aggregation="sequence",
+        keep_groups=True,
+    )
+    texts = {row: [each.token_ids for each in group] for row, group in enumerate(groups)}
+    found = []
+    for micro_batch in joined(joined(ranks)):
+        ends = micro_batch.cu_seqlens.tolist()
+        sequences = [micro_batch.token_ids[a:b].tolist() for a, b in pairwise(ends)]
+        while sequences:
+            row = next(row for row, group in texts.items() if group[0] == sequences[0])
+            assert sequences[: sizes[row]] == texts[row]
+            del sequences[: sizes[row]]
+            found.append(row)
+    assert sorted(found) == list(range(len(groups)))
+
+
+def test_a_kept_group_that_does_not_fit_is_refused():
+    groups = [[make_trajectory(2, 4, row_index=0), make_trajectory(2, 4, row_index=0)]]
+    options: Any = {"num_minibatches": 1, "aggregation": "token", "keep_groups": True}
+    with pytest.raises(ConfigError, match=r"A group, which is kept together, has 12 tokens.* 11"):
+        pack(groups, [[0.0, 0.0]], max_tokens=11, **options)
+
+
+def test_groups_without_a_row_cannot_be_kept():
+    groups = [[make_trajectory(2, 4)], [make_trajectory(2, 4)]]
+    options: Any = {"num_minibatches": 1, "aggregation": "token", "keep_groups": True}
+    with pytest.raises(TrajectoryError, match="no row_index"):
+        pack(groups, [[0.0], [0.0]], max_tokens=100, **options)
 
 
 def test_packing_the_same_groups_again_gives_the_same_tensors():
