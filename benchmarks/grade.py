@@ -56,14 +56,19 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return round(center - half, 4), round(center + half, 4)
 
 
-def main(folder: str) -> None:
+def grade(folder: str) -> float:
+    """Share of the problems whose greedy answer is right."""
     splits = ("train", "test")
     known = {row["question"] for split in splits for row in load_rows(GSM8K_MINI, split=split)}
     rows = generate_problems(COUNT, seed=20_000, exclude=known)
     texts = answers(folder, [row["question"] for row in rows])
-    right = sum(is_right(text, row["answer"]) for text, row in zip(texts, rows, strict=True))
-    low, high = wilson_interval(right, COUNT)
-    print(json.dumps({"accuracy": right / COUNT, "low": low, "high": high, "count": COUNT}))
+    return sum(is_right(text, row["answer"]) for text, row in zip(texts, rows, strict=True)) / COUNT
+
+
+def main(folder: str) -> None:
+    accuracy = grade(folder)
+    low, high = wilson_interval(round(accuracy * COUNT), COUNT)
+    print(json.dumps({"accuracy": accuracy, "low": low, "high": high, "count": COUNT}))
 
 
 if __name__ == "__main__":
