@@ -89,10 +89,8 @@ def table(results: dict[str, Figures]) -> str:
         recipe, seed = name.split(":")
         accuracy = f"{found['accuracy_before']:.3f} -> {found['accuracy_after']:.3f}"
         explains = "-" if found["explained_variance"] is None else found["explained_variance"]
-        unequal = found["unequal_trained"]
-        shares = "-" if unequal is None else f"{unequal:.3f}"
-        if found["unequal_sampled"] is not None:
-            shares = f"{found['unequal_sampled']:.3f} -> {shares}"
+        sampled, trained = found["unequal_sampled"], found["unequal_trained"]
+        shares = "-" if sampled is None else f"{sampled:.3f} -> {trained:.3f}"
         cells = (recipe, seed, accuracy, explains, shares, f"{found['wall_s']:.0f} s")
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join(lines)

@@ -236,3 +236,13 @@ WRONG: list[tuple[str, str]] = [
 
 DISAGREEMENTS = {(r"\sin 30^\circ", r"\frac12")}
 """What is graded otherwise than labelled: degrees in a function are read as radians."""
+
+HOSTILE: list[str] = [
+    *("", "{" * 150, r"\frac{" * 40, "9" * 199, r"\sqrt{" * 30 + "}" * 30, "x^" * 90, "\\", "\x00"),
+    *("((((" * 40, r"\begin{pmatrix}" * 10, "1_" * 60, "a < b < c < d", "∞" * 50, "9^9^9"),
+    *(r"10^{10^{10}}", r"0.1^{10^9}", r"7^{7^{7}}", r"2^{2^{2^{2^{2}}}}", r"i^{i^{i^{i}}}"),
+    *(r"\binom{10^9}{10^8}", "100000!", "((100!)!)!", r"e^{e^{e^{e^{10}}}}", "1e999999"),
+    *(r"\sum_{n=1}^{10^9} n", r"\prod_{k=1}^{10^8} k", r"\int_0^1 x^{10^9} dx", "(x+y+z)^{300}"),
+    *(r"\begin{pmatrix}1&2\\3&4\end{pmatrix}^{1000000}", r"\{1,2,\ldots,10^9\}", r"\frac{1}{0}"),
+]
+"""Answers that are wrong whatever was asked, and made to fail or to take long."""

@@ -4,7 +4,7 @@ import pytest
 
 from arealite.errors import RewardError
 from arealite.rewards.math import math_reward
-from tests.rewards.math_corpus import DISAGREEMENTS, RIGHT, WRONG
+from tests.rewards.math_corpus import DISAGREEMENTS, HOSTILE, RIGHT, WRONG
 
 
 def grade(gold: str, answer: str) -> float:
@@ -26,12 +26,7 @@ def test_a_row_of_math_has_its_answer_in_the_solution():
         math_reward("\\boxed{1}", {"problem": "1?"})
 
 
-@pytest.mark.parametrize(
-    "answer",
-    ["", "{" * 150, r"\frac{" * 40, "9" * 199, r"\sqrt{" * 30 + "}" * 30, "x^" * 90, "\\", "\x00",
-     "((((" * 40, r"\begin{pmatrix}" * 10, "1_" * 60, "a < b < c < d", "∞" * 50, "9^9^9"],
-    ids=range(14),
-)  # fmt: skip
+@pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("gold", ["5", r"\text{east}", "[0,1]", r"\frac{1}{2}"])
 def test_hostile_answers_are_wrong_and_no_error(gold: str, answer: str):
     assert grade(gold, answer) == 0.0
