@@ -1,11 +1,19 @@
-"""Rows of a data set: embedded, from files, or from the Hugging Face Hub."""
+"""Rows of a data set: embedded, from files, or from the Hugging Face Hub.
+
+    where  --place, content-->  formats.py  --question, answer-->  checked  -->  rows
+
+Rows come one after the other, so that a set of millions that repeats thousands needs little memory.
+"""
 
 import json
 import logging
-from collections.abc import Callable, Iterator
+import re
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from arealite.data import gsm8k_large, gsm8k_mini, mini_preferences, tiny_programs
+from arealite.data.formats import as_object, format_of, identity_of
 from arealite.data.paths import is_hub_id, local_path
 from arealite.errors import DataError
 from arealite.types import Row
@@ -33,6 +41,13 @@ _WANTED = (
     f"A data set is embedded ({', '.join(_EMBEDDED)}), a folder with train and test files, a file "
     f"({', '.join(_ENDINGS)}), or an id on the Hugging Face Hub such as 'openai/gsm8k'."
 )
+_WITHOUT_ANSWER = {"agentica-org/DeepScaleR-Preview-Dataset": 6}
+"""So many rows of a set on the Hub have no answer, and are left out without being asked to."""
+MAX_ROWS_FOR_TEST = 500
+"""Of a set on the Hub that has no rows of its own to test with."""
+_BATCH = 1_000
+
+_NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
 
 _log = logging.getLogger(__name__)
 
@@ -44,39 +59,67 @@ def load_rows(
     required: tuple[str, ...] = ("question", "answer"),
     max_malformed: int = 0,
 ) -> list[Row]:
-    """The rows of one split, as they are, once each of them is known to be usable.
+    """The rows of one split, with `question` and `answer`, once each is known to be usable.
+
+    A row that has no `question` may be of one of the formats of docs/data.md; what it then asks and
+    what is right is put beside the keys that it has. A row that is there twice, by `index` and
+    content, is taken once.
 
     Args:
         dataset: an embedded one such as `arealite/gsm8k-mini`; or a folder with `<split>.jsonl`,
             `.json` or `.parquet` (shards named `<split>-*.parquet`, also below `data/`, count); or
             one such file, which then serves every split; or a Hub id. `id:config` picks a
-            configuration; without it the only one is taken, or `main`, or `default`.
+            configuration; without it the only one is taken, or `main`, or `default`. `id:x.jsonl`
+            is one file of a set on the Hub.
         split: `train`, `test`, or what else the data set has.
         required: keys that must hold a non-empty string in every row; `question` may also hold a
-            list of messages, for a conversation that has begun.
+            list of messages, for a conversation that has begun, and `answer` a list of strings, of
+            which each is right.
         max_malformed: so many rows may be unusable; they are left out, and the log says why.
 
     Raises DataError that names the file and the row (from 1; in JSON Lines, the line).
     """
     rows: list[Row] = []
     malformed: list[DataError] = []
+    seen: set[bytes] = set()
+    num_repeats = 0
+    may_be_malformed = max(max_malformed, _WITHOUT_ANSWER.get(dataset, 0))
     for place, row in _read(dataset, split):
+        identity = identity_of(row)
+        if identity in seen:
+            num_repeats += 1
+            continue
+        if identity is not None:
+            seen.add(identity)
         try:
             rows.append(_checked(row, place, required))
         except DataError as error:
             malformed.append(error)
-            if len(malformed) > max_malformed:
+            if len(malformed) > may_be_malformed:
                 raise
+    _tell_what_is_left_out(dataset, len(rows), malformed, num_repeats)
+    if not rows:
+        raise DataError(f"Split {split!r} of {dataset} has no rows.")
+    return rows
+
+
+def _tell_what_is_left_out(
+    dataset: str, num_rows: int, malformed: list[DataError], num_repeats: int
+) -> None:
     if malformed:
         _log.warning(
             "%d of %d rows are left out: %s",
             len(malformed),
-            len(rows) + len(malformed),
+            num_rows + len(malformed),
             " ".join(map(str, malformed[:5])),
         )
-    if not rows:
-        raise DataError(f"Split {split!r} of {dataset} has no rows.")
-    return rows
+    if num_repeats:
+        _log.warning(
+            "%s: %d rows repeat the index and content of an earlier one; the %d others are taken.",
+            dataset,
+            num_repeats,
+            num_rows,
+        )
 
 
 def _read(dataset: str, split: str) -> Iterator[tuple[str, object]]:
@@ -89,7 +132,8 @@ def _read(dataset: str, split: str) -> Iterator[tuple[str, object]]:
         return
     path = local_path(dataset)
     if path is None:
-        if Path(dataset).suffix in _ENDINGS or not is_hub_id(dataset.partition(":")[0]):
+        name = dataset.partition(":")[0]
+        if Path(name).suffix in _ENDINGS or not is_hub_id(name):
             raise DataError(f"There is no file or folder {dataset!r}. {_WANTED}")
         yield from _read_hub(dataset, split)
     elif path.is_dir():
@@ -132,18 +176,20 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _numbered(name: str, rows: list[Row]) -> Iterator[tuple[str, object]]:
+def _numbered(name: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
 
 
-def _parquet_rows(path: Path) -> list[Row]:
+def _parquet_rows(path: Path) -> Iterator[Row]:
     # Here and not at the top: importing it takes longer than most runs spend in this module.
     import pyarrow
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.read_table(path).to_pylist()
+        with pyarrow.parquet.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH):
+                yield from batch.to_pylist()
     except (pyarrow.ArrowException, ValueError) as error:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
@@ -182,17 +228,25 @@ def _parse(content: bytes, place: str) -> object:
 def _checked(row: object, place: str, required: tuple[str, ...]) -> Row:
     if isinstance(row, DataError):
         raise row
+    row = as_object(row)
     if not isinstance(row, dict):
         raise DataError(f"{place} is a {type(row).__name__}, not an object with keys and values.")
+    row_format = format_of(row) if "question" in required else None
+    if row_format is not None:
+        place = f"{place}, in the format of {row_format.name},"
+        try:
+            row = row_format.read(row, required)
+        except DataError as error:
+            raise DataError(f"{place} {error}.") from None
     for key in required:
         if key not in row:
             raise DataError(
                 f"{place} has no {key!r}. Its keys: {', '.join(map(repr, row)) or 'none'}."
             )
-        is_conversation = key == "question" and isinstance(row[key], list)
-        problem = (_problem_with_messages if is_conversation else _problem_with)(row[key])
+        problem = _PROBLEMS.get((key, type(row[key])), _problem_with)(row[key])
         if problem:
-            raise DataError(f"{place}: {key!r} {problem}.")
+            made = row_format.made_of(key) if row_format else ""
+            raise DataError(f"{place}: {key!r}{made} {problem}.")
     return row
 
 
@@ -202,11 +256,20 @@ def _problem_with(value: object) -> str | None:
         return f"is of type {type(value).__name__}; it must be a string"
     if not value.strip():
         return "is empty"
-    if "\x00" in value:
+    found = _NOT_TEXT.search(value)
+    if found is None:
+        return None
+    if found[0] == "\x00":
         return "contains a NUL character"
-    if any("\ud800" <= character <= "\udfff" for character in value):
-        return "contains half of a surrogate pair, which is not text"
-    return None
+    return "contains half of a surrogate pair, which is not text"
+
+
+def _problem_with_answers(answers: list[object]) -> str | None:
+    """What keeps a list from being one of accepted answers, or None."""
+    if not answers:
+        return "is empty"
+    problem = next(filter(None, map(_problem_with, answers)), None)
+    return f"has an element that {problem}" if problem else None
 
 
 def _problem_with_messages(messages: list[object]) -> str | None:
@@ -227,25 +290,63 @@ def _problem_with_messages(messages: list[object]) -> str | None:
     return None
 
 
+_PROBLEMS: dict[tuple[str, type], Callable[[Any], str | None]] = {
+    ("question", list): _problem_with_messages,
+    ("answer", list): _problem_with_answers,
+}
+"""What a field may be beside text."""
+
+
 def _read_hub(dataset: str, split: str) -> Iterator[tuple[str, object]]:
+    name, _, wanted = dataset.partition(":")
+    if wanted.endswith(_ENDINGS):
+        yield from _read_file(_file_from_hub(name, wanted))
+        return
     # Here and not at the top: importing it takes seconds, and most runs never need it.
     import datasets
 
-    name, _, wanted = dataset.partition(":")
     try:
         config = wanted or _default_config(name, datasets.get_dataset_config_names(name))
-        splits = datasets.get_dataset_split_names(name, config)
-        if split not in splits:
-            raise _missing_split(dataset, split, [str(found) for found in splits])
-        rows = datasets.load_dataset(name, config, split=split)
+        splits = [str(found) for found in datasets.get_dataset_split_names(name, config)]
+        if split not in splits and len(splits) > 1:
+            raise _missing_split(dataset, split, splits)
+        rows = datasets.load_dataset(name, config, split=split if split in splits else splits[0])
     except DataError:
         raise
     except Exception as error:  # datasets has no common parent for what the network may do to it
-        raise DataError(
-            f"There is no folder {dataset!r}, and the Hugging Face Hub did not give the data set: "
-            f"{type(error).__name__}: {error}. Check the name and the network, or give a folder."
-        ) from error
-    yield from _numbered(dataset, [dict(row) for row in rows])
+        raise _no_answer_from_hub(name, error) from error
+    taken = range(len(rows))
+    if split not in splits:
+        if split != "train" and len(rows) > MAX_ROWS_FOR_TEST:
+            taken = [index * len(rows) // MAX_ROWS_FOR_TEST for index in range(MAX_ROWS_FOR_TEST)]
+        _log.warning(
+            "%s has no split but %s, so the %s rows are %d of those.",
+            *(dataset, splits[0], split, len(taken)),
+        )
+    rows = rows.select(taken)
+    yield from _numbered(dataset, _rows_of(rows))
+
+
+def _rows_of(found: Any) -> Iterator[Row]:
+    # Batches of arrow: row by row, `datasets` takes several times as long.
+    for batch in found.with_format("arrow").iter(_BATCH):
+        yield from batch.to_pylist()
+
+
+def _file_from_hub(name: str, file: str) -> Path:
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(name, file, repo_type="dataset"))
+    except Exception as error:  # as above
+        raise _no_answer_from_hub(name, error) from error
+
+
+def _no_answer_from_hub(name: str, error: Exception) -> DataError:
+    return DataError(
+        f"There is no folder {name!r}, and the Hugging Face Hub did not give the data set: "
+        f"{type(error).__name__}: {error}. Check the name and the network, or give a folder."
+    )
 
 
 def _default_config(name: str, configs: list[str]) -> str:

@@ -10,6 +10,7 @@ math-verify's own time limits are off, because they need the main thread and tur
 
 import logging
 import re
+from collections.abc import Callable
 from decimal import Decimal
 from functools import cache, lru_cache
 from math import isfinite
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from math_verify import LatexExtractionConfig, parse, verify
 
 from arealite.errors import RewardError
+from arealite.rewards.answers import final_answer
 
 if TYPE_CHECKING:  # arealite.types imports torch, which a reward worker must not
     from arealite.types import Row
@@ -25,8 +27,8 @@ if TYPE_CHECKING:  # arealite.types imports torch, which a reward worker must no
 MAX_ANSWER_CHARS = 200
 """Longer answers are wrong without being parsed: a policy that degenerates would stop the run."""
 
-_HASH_ANSWER = re.compile(r"(?<!#)####(?!#)[ \t]*(\S[^\n]*)")
-_BOX_OR_BRACE = re.compile(r"\\boxed\s*\{|\\.|[{}]", re.DOTALL)
+_ASKS_FOR_ANSWER_LINE = re.compile(r"of the form:? [\"'`]?answer: \$answer", re.IGNORECASE)
+"""In the instructions of DAPO-Math-17k, and of others since."""
 
 _TEXT_COMMAND = re.compile(r"\\(?:text|textbf|mathbf|mathrm|mbox)\{([^{}]*)\}")
 _NUMBER_WITH_UNIT = re.compile(
@@ -41,23 +43,21 @@ def gsm8k_reward(text: str, row: "Row") -> float:
     """1.0 if the final answer in `text` equals the one in `row["answer"]`, else 0.0.
 
     The final answer is the last `#### x` (to the end of its line) or the last closed `\\boxed{x}`,
-    whichever of the two starts later. A response without either has no answer: 0.0.
+    whichever of the two starts later. A response without either has no answer: 0.0. Where the
+    question asks for a line of the form `Answer: x`, as those of DAPO do, that counts as well.
 
     Plain numbers (`-1,234.50`, `$34`, `34%`, `34 dollars`, `2 million`) are compared exactly; `25%`
     equals both 25 and 0.25, because data sets write either. Everything else math-verify compares.
 
     Args:
         text: the model's response, without the prompt.
-        row: `answer` is GSM8K's worked solution that ends with `#### x`, or x itself.
+        row: `answer` is GSM8K's worked solution that ends with `#### x`, or x itself; or a list of
+            such, of which each is right.
 
     Raises:
         RewardError: the row has no answer that can be read.
     """
-    gold = _gold_answer(row)
-    answer = final_answer(text)
-    if answer is None or len(answer) > MAX_ANSWER_CHARS:
-        return 0.0
-    return float(_is_equal(gold, answer))
+    return _reward(text, row, _is_equal)
 
 
 def math_reward(text: str, row: "Row") -> float:
@@ -75,12 +75,25 @@ def math_reward(text: str, row: "Row") -> float:
         RewardError: the row has no answer that can be read.
     """
     if "answer" not in row and "solution" in row:
-        row = {"answer": row["solution"]}
-    gold = _gold_answer(row)
-    answer = final_answer(text)
+        row = {**row, "answer": row["solution"]}
+    return _reward(text, row, _is_same_answer)
+
+
+def _reward(text: str, row: "Row", is_right: Callable[[str, str], bool]) -> float:
+    """1.0 if the final answer of the text is one of those that the row says are right."""
+    golds = _gold_answers(row)
+    answer = final_answer(text, has_answer_line=_asks_for_answer_line(row))
     if answer is None or len(answer) > MAX_ANSWER_CHARS:
         return 0.0
-    return float(_is_same_answer(gold, answer))
+    return float(any(is_right(gold, answer) for gold in golds))
+
+
+def _asks_for_answer_line(row: "Row") -> bool:
+    """Whether the question tells the model to write `Answer: x`."""
+    question = row.get("question")
+    if isinstance(question, list) and question and isinstance(question[-1], dict):
+        question = question[-1].get("content")
+    return isinstance(question, str) and _ASKS_FOR_ANSWER_LINE.search(question) is not None
 
 
 def _is_same_answer(gold: str, answer: str) -> bool:
@@ -136,39 +149,16 @@ def _as_interval(answer: str) -> str:
     return f"{start}{(low or MINUS_INFINITY).strip()},{high}{end}"
 
 
-def final_answer(text: str) -> str | None:
-    """What follows the last `####`, or stands in the last `\\boxed{}`; None if there is neither."""
-    found = list(_HASH_ANSWER.finditer(text))[-1:]
-    candidates = [(match.start(), match[1].strip()) for match in found]
-    if (box := _last_box(text)) is not None:
-        candidates.append(box)
-    return max(candidates)[1] if candidates else None
-
-
-def _last_box(text: str) -> tuple[int, str] | None:
-    """Start and content of the last `\\boxed{...}` that is closed and not empty.
-
-    One pass over the text, whatever it holds: thousands of boxes inside each other are common in
-    the output of a policy that degenerates.
-    """
-    last: tuple[int, str] | None = None
-    open_braces: list[re.Match[str]] = []
-    for token in _BOX_OR_BRACE.finditer(text):
-        if token[0] == "{" or token[0].startswith(r"\boxed"):
-            open_braces.append(token)
-        elif token[0] == "}" and open_braces:
-            opening = open_braces.pop()
-            if opening[0] != "{" and (last is None or opening.start() > last[0]):
-                content = text[opening.end() : token.start()].strip()
-                last = (opening.start(), content) if content else last
-    return last
-
-
-def _gold_answer(row: "Row") -> str:
-    """The answer a row says is right; RewardError if it says none."""
+def _gold_answers(row: "Row") -> list[str]:
+    """The answers a row says are right, at least one; RewardError if it says none."""
     if "answer" not in row:
         raise RewardError(f"The row has no 'answer' to compare with; its keys are {sorted(row)}.")
     answer = row["answer"]
+    is_list = isinstance(answer, list) and answer
+    return [_gold_answer(each) for each in (answer if is_list else [answer])]
+
+
+def _gold_answer(answer: object) -> str:
     if isinstance(answer, (int, float)) and not isinstance(answer, bool) and isfinite(answer):
         answer = format(Decimal(str(answer)), "f")
     if not isinstance(answer, str):

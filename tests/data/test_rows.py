@@ -3,6 +3,7 @@ import logging
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -55,13 +56,16 @@ def test_windows_line_ends_a_byte_order_mark_and_trailing_blank_lines_do_no_harm
         ('{"question": ["a?"], "answer": "b"}', "'question' is of type list"),
         ('{"question": " ", "answer": "b"}', "'question' is empty"),
         ('{"question": "a?", "answer": ""}', "'answer' is empty"),
+        ('{"question": "a?", "answer": []}', "'answer' is empty"),
+        ('{"question": "a?", "answer": ["b", ""]}', "'answer' has an element that is empty"),
+        ('{"question": "a?", "answer": ["b", 5]}', "'answer' has an element that is of type int"),
         ('{"question": "a\\u0000", "answer": "b"}', "'question' contains a NUL"),
         ('{"question": "a\\ud83d", "answer": "b"}', "'question' contains half of a surrogate"),
         (b'{"question": "\xff", "answer": "b"}', "not UTF-8"),
         ('{"question": "a?", "answer": "b", "x": ' + "1" * 5_000 + "}", "not valid JSON"),
         ("[" * 100_000, "not valid JSON"),
     ],
-    ids=range(18),
+    ids=range(21),
 )
 def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, line: str | bytes, problem: str):
     middle = line if isinstance(line, bytes) else line.encode()
@@ -158,9 +162,9 @@ def test_parquet_shards_are_read_one_after_the_other(tmp_path: Path):
 
 
 def test_a_parquet_shard_with_another_schema_is_named(tmp_path: Path):
-    table = pyarrow.table({"problem": ["a"], "answer": ["1"]})
+    table = pyarrow.table({"puzzle": ["a"], "answer": ["1"]})
     pyarrow.parquet.write_table(table, tmp_path / "train.parquet")
-    with pytest.raises(DataError, match=r"train.parquet, row 1 has no 'question'.*'problem'"):
+    with pytest.raises(DataError, match=r"train.parquet, row 1 has no 'question'.*'puzzle'"):
         load_rows(str(tmp_path), split="train")
 
 
@@ -236,12 +240,67 @@ def test_the_configuration_of_a_hub_set_is_found_or_named(
         return datasets.Dataset.from_list([{"question": "a", "answer": "b"}])
 
     monkeypatch.setattr(datasets, "get_dataset_config_names", lambda name: configs)
-    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda name, config: ["test"])
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *_: ["test", "extra"])
     monkeypatch.setattr(datasets, "load_dataset", load)
     assert load_rows(name, split="test") == [{"question": "a", "answer": "b"}]
     assert asked == [(name.split(":")[0], taken, "test")]
-    with pytest.raises(DataError, match=r"no split 'train'. There are: test"):
+    with pytest.raises(DataError, match=r"no split 'train'. There are: test, extra"):
         load_rows(name, split="train")
+
+
+class Hub:
+    """Stands in for the network: one data set with one split."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, rows: list[dict], split: str) -> None:
+        patch.setattr(datasets, "get_dataset_config_names", lambda name: ["default"])
+        patch.setattr(datasets, "get_dataset_split_names", lambda *_: [split])
+        found = datasets.Dataset.from_list(rows)
+        patch.setattr(datasets, "load_dataset", lambda *_, split: {split: found}[split])
+
+
+def test_a_hub_set_of_one_split_serves_every_split_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    rows = [{"question": f"{number}?", "answer": str(number)} for number in range(2_000)]
+    Hub(monkeypatch, rows, "train")
+    assert load_rows("some/set", split="train") == rows
+    assert not caplog.records
+    assert load_rows("some/set", split="test") == rows[::4]  # so many as can be evaluated often
+    assert "no split but train, so the test rows are 500 of those" in caplog.text
+    Hub(monkeypatch, rows, "test")
+    assert load_rows("some/set", split="train") == rows
+
+
+def test_rows_of_deepscaler_without_an_answer_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    name = "agentica-org/DeepScaleR-Preview-Dataset"
+    good = {"problem": "1 + 1?", "answer": "2", "solution": ""}
+    Hub(monkeypatch, [good] + [good | {"answer": ""}] * 6, "train")
+    assert len(load_rows(name, split="train")) == 1
+    assert "6 of 7 rows are left out" in caplog.text
+    with pytest.raises(DataError, match="row 2, in the format of DeepScaleR, MATH-500, has no 'a"):
+        load_rows("some/other", split="train")
+    Hub(monkeypatch, [good] + [good | {"answer": ""}] * 7, "train")
+    with pytest.raises(DataError, match="row 8, in the format of DeepScaleR"):
+        load_rows(name, split="train")
+
+
+def test_one_file_of_a_hub_set_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    write(tmp_path, GOOD, "some.jsonl")
+    asked = []
+
+    def download(name: str, file: str, *, repo_type: str) -> str:
+        asked.append((name, repo_type))
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    assert load_rows("some/set:some.jsonl", split="train") == [json.loads(GOOD)]
+    assert asked == [("some/set", "dataset")]
+    monkeypatch.undo()
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", lambda *_, **__: 1 / 0)
+    with pytest.raises(DataError, match=r"'some/set'.*ZeroDivisionError"):
+        load_rows("some/set:some.jsonl", split="train")
 
 
 def test_a_hub_set_with_many_configurations_asks_for_one(monkeypatch: pytest.MonkeyPatch):

@@ -8,7 +8,8 @@ import pytest
 
 from arealite.errors import RewardError
 from arealite.rewards import math
-from arealite.rewards.math import final_answer, gsm8k_reward
+from arealite.rewards.answers import final_answer
+from arealite.rewards.math import gsm8k_reward, math_reward
 
 GSM8K = Path(__file__).parents[3] / "shared" / "data" / "gsm8k"
 
@@ -148,6 +149,42 @@ def test_the_last_answer_in_the_text_counts(text: str, answer: str | None):
     assert final_answer(text) == answer
 
 
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("Answer: 34", "34"),
+        ("so\n**Answer:** 34\n", "34"),
+        ("so\n**Answer**: 34", "34"),
+        ("Answer: 33. No.\nanswer : $34$", "$34$"),
+        (r"\boxed{33}" + "\nAnswer: 34", "34"),
+        ("Answer: 33\n#### 34", "34"),
+        (r"Answer: \boxed{34}", "34"),
+        ("Answer:\n\n34\n\nThat is all.", "34"),
+        ("Answer: ", None),
+        ("I answer nothing", None),
+    ],
+)
+def test_a_line_with_the_answer_counts_where_it_is_asked_for(text: str, answer: str | None):
+    assert final_answer(text, has_answer_line=True) == answer
+    if "oxed" not in text and "#" not in text:
+        assert final_answer(text) is None
+
+
+def test_a_question_of_dapo_asks_for_a_line_with_the_answer():
+    asks = "The last line should be of the form Answer: $Answer (without quotes).\n\n17 + 17?"
+    for question in (asks, [{"role": "system", "content": ""}, {"role": "user", "content": asks}]):
+        row = {"question": question, "answer": "34"}
+        for reward in (gsm8k_reward, math_reward):
+            assert reward("17 + 17 = 34\nAnswer: 34", row) == 1.0
+            assert reward("17 + 17 = 34\nAnswer: 35", row) == 0.0
+            assert reward("Answer: 34", row | {"question": "17 + 17?"}) == 0.0
+
+
+def test_each_of_several_accepted_answers_is_right():
+    row = {"answer": [r"\boxed{0.5}", "half", "#### 2"]}
+    assert [math_reward(f"#### {said}", row) for said in ("1/2", "Half", "2", "3")] == [1, 1, 1, 0]
+
+
 def test_response_without_an_answer_is_wrong():
     assert gsm8k_reward("I think it is 34.", {"answer": "#### 34"}) == 0.0
     assert gsm8k_reward("", {"answer": "#### 34"}) == 0.0
@@ -167,7 +204,8 @@ def test_gold_may_be_a_solution_or_the_bare_answer(gold: object):
     [
         ({"question": "?"}, "no 'answer'.*question"),
         ({"answer": None}, "None .NoneType"),
-        ({"answer": ["34"]}, "list"),
+        ({"answer": []}, "list"),
+        ({"answer": [["34"]]}, "list"),
         ({"answer": True}, "True .bool"),
         ({"answer": float("nan")}, "nan .float"),
         ({"answer": "  "}, "has to end with '#### x'"),
