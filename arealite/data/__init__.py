@@ -1,6 +1,7 @@
 """Rows, their order, and the model and tokenizer they are for."""
 
 from arealite.data.gsm8k_mini import generate_problems
+from arealite.data.mixing import Part, mixed
 from arealite.data.models import TINY_AGENT, TINY_MATH, load_tokenizer, resolve_model
 from arealite.data.order import RowOrder
 from arealite.data.rows import (
@@ -18,9 +19,11 @@ __all__ = [
     "TINY_AGENT",
     "TINY_MATH",
     "TINY_PROGRAMS",
+    "Part",
     "RowOrder",
     "generate_problems",
     "load_rows",
     "load_tokenizer",
+    "mixed",
     "resolve_model",
 ]

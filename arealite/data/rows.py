@@ -9,6 +9,7 @@ import json
 import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,7 @@ _WANTED = (
 _WITHOUT_ANSWER = {"agentica-org/DeepScaleR-Preview-Dataset": 6}
 """So many rows of a set on the Hub have no answer, and are left out without being asked to."""
 MAX_ROWS_FOR_TEST = 500
-"""Of a set on the Hub that has no rows of its own to test with."""
+"""Of a set that has no rows of its own to test with."""
 _BATCH = 1_000
 
 _NOT_TEXT = re.compile("[\x00\ud800-\udfff]")
@@ -68,7 +69,8 @@ def load_rows(
     Args:
         dataset: an embedded one such as `arealite/gsm8k-mini`; or a folder with `<split>.jsonl`,
             `.json` or `.parquet` (shards named `<split>-*.parquet`, also below `data/`, count); or
-            one such file, which then serves every split; or a Hub id. `id:config` picks a
+            one such file, or a set of one split, which serves every split: all of it for `train`,
+            at most 500 rows of it for another; or a Hub id. `id:config` picks a
             configuration; without it the only one is taken, or `main`, or `default`. `id:x.jsonl`
             is one file of a set on the Hub.
         split: `train`, `test`, or what else the data set has.
@@ -84,7 +86,8 @@ def load_rows(
     seen: set[bytes] = set()
     num_repeats = 0
     may_be_malformed = max(max_malformed, _WITHOUT_ANSWER.get(dataset, 0))
-    for place, row in _read(dataset, split):
+    found, is_stand_in = _read(dataset, split)
+    for place, row in found:
         identity = identity_of(row)
         if identity in seen:
             num_repeats += 1
@@ -100,7 +103,16 @@ def load_rows(
     _tell_what_is_left_out(dataset, len(rows), malformed, num_repeats)
     if not rows:
         raise DataError(f"Split {split!r} of {dataset} has no rows.")
+    if is_stand_in and split != "train":
+        rows = _spread(rows, MAX_ROWS_FOR_TEST)
+        _log.warning("%s: its %s rows are %d of its train rows.", dataset, split, len(rows))
     return rows
+
+
+def _spread(rows: list[Row], count: int) -> list[Row]:
+    """At most so many of the rows, the first among them."""
+    count = min(count, len(rows))
+    return [rows[index * len(rows) // count] for index in range(count)]
 
 
 def _tell_what_is_left_out(
@@ -122,27 +134,26 @@ def _tell_what_is_left_out(
         )
 
 
-def _read(dataset: str, split: str) -> Iterator[tuple[str, object]]:
-    """Where each row is, in words, and what is there."""
+Rows = Iterator[tuple[str, object]]
+"""Where each row is, in words, and what is there."""
+
+
+def _read(dataset: str, split: str) -> tuple[Rows, bool]:
+    """The rows, and whether they stand in for a split that is not there."""
     if dataset in _EMBEDDED:
         splits = _EMBEDDED[dataset]
         if split not in splits:
             raise _missing_split(dataset, split, list(splits))
-        yield from _numbered(dataset, splits[split]())
-        return
+        return _numbered(dataset, splits[split]()), False
     path = local_path(dataset)
     if path is None:
         name = dataset.partition(":")[0]
         if Path(name).suffix in _ENDINGS or not is_hub_id(name):
             raise DataError(f"There is no file or folder {dataset!r}. {_WANTED}")
-        yield from _read_hub(dataset, split)
-    elif path.is_dir():
-        for file in _files_of(path, split):
-            yield from _read_file(file)
-    else:
-        if split != "train":
-            _log.warning("%s is one file, so the %s rows are its train rows.", path, split)
-        yield from _read_file(path)
+        return _read_hub(dataset, split)
+    if path.is_dir():
+        return chain.from_iterable(map(_read_file, _files_of(path, split))), False
+    return _read_file(path), path.stem != split
 
 
 def _files_of(folder: Path, split: str) -> list[Path]:
@@ -164,7 +175,7 @@ def _missing_split(dataset: str, split: str, found: list[str]) -> DataError:
     return DataError(f"{dataset} has no split {split!r}. {there}")
 
 
-def _read_file(path: Path) -> Iterator[tuple[str, object]]:
+def _read_file(path: Path) -> Rows:
     try:
         if path.suffix == ".parquet":
             yield from _numbered(str(path), _parquet_rows(path))
@@ -176,7 +187,7 @@ def _read_file(path: Path) -> Iterator[tuple[str, object]]:
         raise DataError(f"{path} cannot be read: {error}") from error
 
 
-def _numbered(name: str, rows: Iterable[object]) -> Iterator[tuple[str, object]]:
+def _numbered(name: str, rows: Iterable[object]) -> Rows:
     for number, row in enumerate(rows, start=1):
         yield f"{name}, row {number}", row
 
@@ -194,7 +205,7 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
         raise DataError(f"{path} is not a readable parquet file: {error}") from error
 
 
-def _json_rows(path: Path, content: bytes) -> Iterator[tuple[str, object]]:
+def _json_rows(path: Path, content: bytes) -> Rows:
     content = content.removeprefix(b"\xef\xbb\xbf")  # the byte order mark some editors write
     if content.lstrip().startswith(b"["):
         rows = _parse(content, str(path))
@@ -297,11 +308,12 @@ _PROBLEMS: dict[tuple[str, type], Callable[[Any], str | None]] = {
 """What a field may be beside text."""
 
 
-def _read_hub(dataset: str, split: str) -> Iterator[tuple[str, object]]:
+def _read_hub(dataset: str, split: str) -> tuple[Rows, bool]:
+    """As `_read`; a set of one split stands in for every other."""
     name, _, wanted = dataset.partition(":")
     if wanted.endswith(_ENDINGS):
-        yield from _read_file(_file_from_hub(name, wanted))
-        return
+        path = _file_from_hub(name, wanted)
+        return _read_file(path), path.stem != split
     # Here and not at the top: importing it takes seconds, and most runs never need it.
     import datasets
 
@@ -315,16 +327,7 @@ def _read_hub(dataset: str, split: str) -> Iterator[tuple[str, object]]:
         raise
     except Exception as error:  # datasets has no common parent for what the network may do to it
         raise _no_answer_from_hub(name, error) from error
-    taken = range(len(rows))
-    if split not in splits:
-        if split != "train" and len(rows) > MAX_ROWS_FOR_TEST:
-            taken = [index * len(rows) // MAX_ROWS_FOR_TEST for index in range(MAX_ROWS_FOR_TEST)]
-        _log.warning(
-            "%s has no split but %s, so the %s rows are %d of those.",
-            *(dataset, splits[0], split, len(taken)),
-        )
-    rows = rows.select(taken)
-    yield from _numbered(dataset, _rows_of(rows))
+    return _numbered(dataset, _rows_of(rows)), split not in splits
 
 
 def _rows_of(found: Any) -> Iterator[Row]:

@@ -25,21 +25,18 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any
 
 import cloudpickle
 
 from arealite.errors import ConfigError, RewardError
+from arealite.rewards.by_row import RewardByRow, RewardFn
 from arealite.rewards.process import Call, CallStoppedError, WorkerLostError, WorkerProcess
 from arealite.rewards.worker import NotANumberError, as_reward, describe
 from arealite.waits import waiting
 
 if TYPE_CHECKING:  # arealite.types imports torch, which is nothing to wait for here
     from arealite.types import Row
-
-RewardFn = Callable[[str, dict[str, Any]], float | Awaitable[float]]
-"""Takes the model's response and its row; a `def` or an `async def`."""
 
 MAX_FUNCTIONS = 64
 """A worker that holds so many is replaced: a notebook makes a new one each time a cell runs."""
@@ -107,7 +104,8 @@ class RewardPool:
 
         Args:
             reward: a `def`, lambda, closure or callable object that cloudpickle can pickle; or
-                anything whose call is `async`, which is never pickled.
+                anything whose call is `async`, which is never pickled. Of a `RewardByRow` it is
+                the one that the row names.
             text: the model's response.
             row: the row it responds to.
             timeout_s: deadline of this call, instead of the pool's.
@@ -116,6 +114,8 @@ class RewardPool:
             RewardError: it raised, took too long, died twice, or returned no finite number.
         """
         limit_s = self.timeout_s if timeout_s is None else _checked_timeout(timeout_s)
+        if isinstance(reward, RewardByRow):
+            reward = reward.of(row)
         if _is_async(reward):
             return await _score_on_loop(reward, text, row, limit_s)
         call = self._pickler.call(reward, text, row, limit_s)

@@ -190,7 +190,17 @@ def test_one_file_serves_every_split_and_says_so(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         assert load_rows(path, split="train") == load_rows(path, split="test")
     [record] = caplog.records
-    assert "the test rows are its train rows" in record.getMessage()
+    assert "its test rows are 1 of its train rows" in record.getMessage()
+
+
+def test_one_file_of_many_rows_is_tested_with_some_of_them_unless_it_is_named_for_it(
+    tmp_path: Path,
+):
+    rows = [{"question": f"{number}?", "answer": "1"} for number in range(1_000)]
+    content = "\n".join(map(json.dumps, rows))
+    assert load_rows(write(tmp_path, content, "rows.jsonl"), split="test") == rows[::2]
+    assert load_rows(write(tmp_path, content, "rows.jsonl"), split="train") == rows
+    assert load_rows(write(tmp_path, content, "test.jsonl"), split="test") == rows
 
 
 def test_a_path_that_does_not_exist_is_not_looked_up_on_the_hub(tmp_path: Path):
@@ -266,7 +276,7 @@ def test_a_hub_set_of_one_split_serves_every_split_and_says_so(
     assert load_rows("some/set", split="train") == rows
     assert not caplog.records
     assert load_rows("some/set", split="test") == rows[::4]  # so many as can be evaluated often
-    assert "no split but train, so the test rows are 500 of those" in caplog.text
+    assert "its test rows are 500 of its train rows" in caplog.text
     Hub(monkeypatch, rows, "test")
     assert load_rows("some/set", split="train") == rows
 
