@@ -1,3 +1,4 @@
+import asyncio
 import json
 import logging
 from pathlib import Path
@@ -11,6 +12,10 @@ import pytest
 from arealite.data import load_rows
 from arealite.data.formats import CHOICES, FORMATS, format_of
 from arealite.errors import DataError
+from arealite.rewards.math import math_reward
+from arealite.rollout.workflows import SingleTurnWorkflow
+from arealite.testing import ScriptedEngine, byte_tokenizer
+from arealite.types import SamplingParams
 from tests.data.published import (
     BOBA_ROW,
     CHOICES_ROW,
@@ -102,6 +107,24 @@ def test_rows_are_read_only_for_what_is_required(tmp_path: Path):
     row = {"problem": "1 + 1?", "solution": "No box here.", "prompt": "p"}
     assert load(tmp_path, row, required=("prompt",)) == [row]
     assert load(tmp_path, row, required=("question",)) == [row | {"question": "1 + 1?"}]
+
+
+DEEPSEEK = (
+    "{% for message in messages %}{% if message.role == 'user' %}<｜User｜>{{ message.content }}"  # noqa: RUF001
+    "{% else %}<｜Assistant｜>{{ message.content }}<end>{% endif %}{% endfor %}"  # noqa: RUF001
+    "{% if add_generation_prompt %}<｜Assistant｜><think>\n{% endif %}"  # noqa: RUF001
+)
+
+
+def test_the_template_of_deepseek_makes_the_published_prompt_of_boba_again(tmp_path: Path):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = DEEPSEEK
+    [row] = load(tmp_path, BOBA_ROW)
+    engine = ScriptedEngine(replies=[r"\boxed{12}"], tokenizer=tokenizer)
+    workflow = SingleTurnWorkflow(tokenizer, math_reward, SamplingParams())
+    group = asyncio.run(workflow.arun_episode(engine, row))
+    assert tokenizer.decode(engine.requests[0].token_ids) == BOBA_ROW["prompt"]
+    assert group is not None and group[0].reward == 1.0
 
 
 @pytest.mark.parametrize(

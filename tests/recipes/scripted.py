@@ -31,13 +31,13 @@ def run_with_policy(
     Args:
         loop: the recipe whose loop it runs, if that is another one.
     """
-    tokenizer = load_tokenizer(TINY_AGENT)
 
     def script(prompt: list[int]) -> list[int]:
         return tokenizer.encode(f"{policy(str(tokenizer.decode(prompt)))}{tokenizer.eos_token}")
 
     defaults = ["steps=2", "group_size=2", "rollout.prompts_per_step=2", f"model={TINY_AGENT}"]
     settings = dict(each.split("=", 1) for each in [f"out_dir={out_dir}", *defaults, *changes])
+    tokenizer = load_tokenizer(settings["model"])
     size = {"vocab_size": len(tokenizer), "max_model_len": 1_024}
     with ScriptedServer(script, **size) as server:
         addresses = f"server.addresses=[{server.address}]"
