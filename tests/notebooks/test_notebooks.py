@@ -1,4 +1,4 @@
-"""Every notebook runs from top to bottom, with a real server."""
+"""Every notebook runs from top to bottom, with the real server that it starts, if any."""
 
 import asyncio
 from concurrent.futures import Future, ThreadPoolExecutor
