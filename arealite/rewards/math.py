@@ -4,8 +4,9 @@
     reward = math_reward(r"so \boxed{\frac{1}{2}}", {"answer": "0.5"})                # 1.0
 
 Zero always means "no answer, or not shown to be equal". What is wrong with the data set or with the
-installation raises instead, and what takes too long is killed by the `RewardPool` around the call:
-math-verify's own time limits are off, because they need the main thread and turn errors into zeros.
+installation raises instead. math-verify's own time limits are off, because they turn errors into
+zeros; instead `bounds` ends a comparison that computes for long, and the `RewardPool` around the
+call kills what even so takes too long.
 """
 
 import logging
@@ -20,10 +21,13 @@ from math_verify import LatexExtractionConfig, parse, verify
 
 from arealite.errors import RewardError
 from arealite.rewards.answers import final_answer
+from arealite.rewards.bounds import TooLongError, is_too_large, time_limit
 
 if TYPE_CHECKING:  # arealite.types imports torch, which a reward worker must not
     from arealite.types import Row
 
+MAX_CPU_S = 0.5
+"""Seconds of computing for one comparison; what takes longer is not shown to be equal."""
 MAX_ANSWER_CHARS = 200
 """Longer answers are wrong without being parsed: a policy that degenerates would stop the run."""
 
@@ -210,9 +214,14 @@ def _without_markup(answer: str) -> str:
 
 def _is_equal_by_math_verify(gold: str, answer: str) -> bool:
     _check_math_verify()
-    return verify(
-        list(_parsed_gold(gold)), _parsed(answer), timeout_seconds=None, raise_on_error=True
-    )
+    right = list(_parsed_gold(gold))
+    if is_too_large(answer):
+        return gold == answer
+    try:
+        with time_limit(MAX_CPU_S):
+            return verify(right, _parsed(answer), timeout_seconds=None, raise_on_error=True)
+    except TooLongError:
+        return False
 
 
 @lru_cache(maxsize=4096)
