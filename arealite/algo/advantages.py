@@ -9,12 +9,14 @@ from dataclasses import dataclass
 from itertools import accumulate, chain, islice
 from typing import Literal
 
+import torch
+
 from arealite.errors import ConfigError
 from arealite.types import Trajectory
 
 STD_EPS = 1e-6
 EQUAL = 1e-12
-"""Standard deviation of a batch, over its mean, that only rounding leaves."""
+"""Standard deviation of a batch, over its mean, that only rounding leaves in float64."""
 
 SumOverRanks = Callable[[Sequence[float]], list[float]]
 """Adds numbers up, place by place, over all ranks: `arealite.dist.sum`."""
@@ -113,17 +115,37 @@ def batch_normalized(
     """
     if over not in ("tokens", "trajectories"):
         raise ConfigError(f"over={over!r} must be 'tokens' or 'trajectories'.")
-    values = list(chain.from_iterable(advantages))
+    values = torch.tensor(list(chain.from_iterable(advantages)), dtype=torch.float64)
     counts = [t.response_length if over == "tokens" else 1 for group in groups for t in group]
-    pairs = list(zip(values, counts, strict=True))
-    total, count = sum_over_ranks([math.fsum(v * n for v, n in pairs), float(sum(counts))])
-    mean = total / count if count else 0.0
-    [squares] = sum_over_ranks([math.fsum(n * (v - mean) ** 2 for v, n in pairs)])
-    std = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
-    if std <= EQUAL * abs(mean):
+    mean, std = mean_and_std(values, torch.tensor(counts), sum_over_ranks=sum_over_ranks)
+    if std == 0:
         return [[0.0] * len(group) for group in advantages]
     shift = mean if is_centered else 0.0
     return [[(value - shift) / (std + STD_EPS) for value in group] for group in advantages]
+
+
+def mean_and_std(
+    values: torch.Tensor, counts: torch.Tensor, *, sum_over_ranks: SumOverRanks
+) -> tuple[float, float]:
+    """Mean and sample standard deviation of numbers that count several times, over all ranks.
+
+        mean = sum(n x) / sum(n),   std = sqrt(sum(n (x - mean)^2) / (sum(n) - 1))
+
+    Exactly 0 is the deviation of fewer than two, and where only rounding tells them apart. A
+    collective of all ranks.
+
+    Args:
+        values: [K] of this rank; K may differ from rank to rank, and be 0.
+        counts: [K] how often each counts; 0 or more.
+        sum_over_ranks: `dist.sum`.
+    """
+    numbers, times = values.double(), counts.double()
+    total, count = sum_over_ranks([float((times * numbers).sum()), float(times.sum())])
+    mean = total / count if count else 0.0
+    [squares] = sum_over_ranks([float((times * (numbers - mean) ** 2).sum())])
+    std = math.sqrt(squares / (count - 1)) if count > 1 else 0.0
+    only_rounding = max(EQUAL, 10 * torch.finfo(values.dtype).eps) * abs(mean)
+    return mean, 0.0 if std <= only_rounding else std
 
 
 def step_advantages(

@@ -6,6 +6,7 @@ left out of a loss stays in its denominator. T packed tokens, N sequences.
 """
 
 import math
+from typing import Literal
 
 import torch
 
@@ -79,6 +80,43 @@ def sequence_dropped(
         log_ratio = over_sequence(gap, loss_mask, cu_seqlens)
         ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
         return loss_mask & ((ratio < low) | (ratio > high))
+
+
+def k3_dropped(
+    proximal_logprobs: torch.Tensor,
+    behavior_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    limit: float = 0.01,
+    over: Literal["token", "sequence"] = "sequence",
+) -> torch.Tensor:
+    """[T] bool: tokens that are too unlikely to be those of the proximal policy, by k3.
+
+        k3 = ratio - 1 - log(ratio),   ratio = proximal / behavior;   dropped: k3 > limit
+
+    On average k3 is KL(behavior || proximal), and it is never below 0: unlike a band around the
+    ratio it has one limit, and gaps up and down do not cancel in a sequence.
+
+    Args:
+        cu_seqlens: [N + 1] starts at 0 and ends at T.
+        limit: above 0; .001 to .1 for sequences.
+        over: `sequence`: its mean over a sequence decides on all of its tokens; `token`: each one's
+            own decides.
+
+    Source: rollout correction of verl, `seq_mean_k3` and `token_k3`, after Liu, Li et al., "When
+    Speed Kills Stability", 2025; k3, http://joschu.net/blog/kl-approx.html.
+    """
+    _check_above("limit", limit, 0)
+    if over not in ("token", "sequence"):
+        raise ConfigError(f"over={over!r} must be 'token' or 'sequence'.")
+    with torch.no_grad():
+        gap = torch.where(loss_mask, proximal_logprobs - behavior_logprobs, 0.0)
+        gap = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        k3 = gap.expm1() - gap
+        if over == "sequence":
+            k3 = mean_of_sequence(k3, loss_mask, cu_seqlens)
+        return loss_mask & (k3 > limit)
 
 
 def second_moment_dropped(

@@ -6,7 +6,7 @@ sampled. Index t holds facts about token t.
 
 import torch
 
-from arealite.algo.advantages import STD_EPS, SumOverRanks
+from arealite.algo.advantages import STD_EPS, SumOverRanks, mean_and_std
 from arealite.errors import ConfigError
 
 
@@ -82,7 +82,7 @@ def normalized(
 ) -> list[torch.Tensor]:
     """Advantages less their mean, over their sample standard deviation plus 1e-6; 0 elsewhere.
 
-    Over all sampled tokens of all micro-batches of all ranks. A collective.
+    Over all sampled tokens of all micro-batches of all ranks; zeros if all are equal. A collective.
 
     Args:
         advantages: [T] of each micro-batch.
@@ -92,13 +92,10 @@ def normalized(
     Source: arXiv:2006.05990 (choice C67); AReaL, arXiv:2505.24298.
     """
     pairs = list(zip(advantages, loss_masks, strict=True))
-    sampled = [advantage[mask].double() for advantage, mask in pairs]
-    sums = [float(sum(each.sum() for each in sampled)), float(sum(map(len, sampled)))]
-    total, count = sum_over_ranks(sums)
-    mean = total / count if count else 0.0
-    squares = float(sum(((each - mean) ** 2).sum() for each in sampled))
-    [squares] = sum_over_ranks([squares])
-    std = (squares / (count - 1)) ** 0.5 if count > 1 else 0.0
+    sampled = torch.cat([advantage[mask] for advantage, mask in pairs] or [torch.empty(0)])
+    mean, std = mean_and_std(sampled, torch.ones_like(sampled), sum_over_ranks=sum_over_ranks)
+    if std == 0:
+        return [torch.zeros_like(advantage) for advantage in advantages]
     return [
         torch.where(mask, (advantage - mean) / (std + STD_EPS), 0.0) for advantage, mask in pairs
     ]

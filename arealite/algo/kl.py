@@ -46,3 +46,38 @@ def kl_estimate(
         case "k3":
             return (-gap).exp() - 1 + gap
     raise ConfigError(f"estimator={estimator!r} must be k1, k2 or k3.")
+
+
+def kl_penalized(
+    token_rewards: torch.Tensor,
+    proximal_logprobs: torch.Tensor,
+    ref_logprobs: torch.Tensor,
+    loss_mask: torch.Tensor,
+    *,
+    weight: float,
+    estimator: KLEstimator = "k1",
+) -> torch.Tensor:
+    """Rewards [T] less what each sampled token costs for its distance from the reference model.
+
+        reward - weight * KL,   KL = log(proximal / reference) at sampled tokens, else 0
+
+    The policy at the start of the step pays; no gradient. What comes back is what `gae` starts
+    from: each action then answers for the distance of all that follow.
+
+    Args:
+        token_rewards: [T] such as `advantages.token_rewards` gives, packed.
+        proximal_logprobs: [T] under the policy at the start of the step; see `attach`.
+        ref_logprobs: [T] under the reference model; see `attach`.
+        weight: in units of the reward per nat, 0 or more.
+        estimator: k1 is what the papers subtract.
+
+    Raises:
+        ConfigError: there are no reference log-probs, or the weight is below 0.
+
+    Source: InstructGPT, arXiv:2203.02155 equation 2; REINFORCE++, arXiv:2501.03262.
+    """
+    if not weight >= 0:
+        raise ConfigError(f"The weight of the KL is {weight}; it must be 0 or more.")
+    with torch.no_grad():
+        kl = kl_estimate(proximal_logprobs, ref_logprobs, loss_mask, estimator)
+        return token_rewards - weight * kl

@@ -202,6 +202,31 @@ def importance_weight(
         return weight.masked_fill(dropped, 0.0), dropped
 
 
+def entropy(logits: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
+    """Entropy [T] in nats of what each sampled token was drawn from; 0 elsewhere.
+
+        H = -sum over the vocabulary of p log p,   p = softmax(logits)
+
+    As a bonus it is added to the objective, before the weights of the tokens:
+
+        total = -(loss_weight * (surrogate + bonus * entropy)).sum()
+
+    It needs whole distributions, so the loss is one of `engine.step(minibatch, loss_fn,
+    head="logits")`, and finds the log-prob of each token in them itself:
+    `logits.log_softmax(-1).gather(-1, mb.token_ids[:, None])[:, 0]`.
+
+    Args:
+        logits: [T, V] that the tokens were drawn from, over their temperature, with gradient.
+        loss_mask: [T] bool, True where the policy sampled the token.
+
+    Source: PPO, arXiv:1707.06347 equation 9; before it A3C, arXiv:1602.01783.
+    """
+    logprobs = logits[loss_mask].log_softmax(-1)
+    # What cannot be drawn has -inf, and 0 * -inf = nan.
+    terms = logprobs.exp() * logprobs.clamp(min=torch.finfo(logits.dtype).min)
+    return logits.new_zeros(len(logits)).masked_scatter(loss_mask, -terms.sum(-1))
+
+
 def mean_of_sequence(
     values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:

@@ -3,6 +3,7 @@
 The reward before any shaping stays in `raw_reward` and is logged beside the shaped one.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -45,17 +46,50 @@ def scaled_rewards(groups: Groups, *, right: float, wrong: float) -> Groups:
     return _with_rewards(groups, lambda t: wrong + (right - wrong) * t.reward)
 
 
+def length_reward(groups: Groups, *, weight: float = 1.0, right: float = 1.0) -> Groups:
+    """Reward short right answers, and make long ones cost, compared with their own group.
+
+        reward + weight * (s if right else min(0, s)),
+        s = 1/2 - (length - shortest) / (longest - shortest)
+
+    Lengths are sampled tokens, of all parts of a conversation; where a group has one length only,
+    nothing changes. So the budget follows what a prompt needs. The paper begins without it, as it
+    slows learning at first, and raises the weight later.
+
+    Args:
+        weight: of it, beside the reward; 0 or more.
+        right: responses whose reward before any shaping is at least this are right.
+
+    Source: length reward of Kimi k1.5, arXiv:2501.12599 section 2.3.3.
+    """
+    if not weight >= 0:
+        raise ConfigError(f"weight={weight} of the length reward must be 0 or more.")
+    return [_length_rewarded(group, weight, right) for group in groups]
+
+
+def _length_rewarded(group: list[Trajectory], weight: float, right: float) -> list[Trajectory]:
+    keys = [t.sample if t.sample >= 0 else ~index for index, t in enumerate(group)]
+    lengths: Counter[int] = Counter()
+    for key, trajectory in zip(keys, group, strict=True):
+        lengths[key] += trajectory.response_length
+    shortest, longest = min(lengths.values(), default=0), max(lengths.values(), default=0)
+    if shortest == longest:
+        return group
+    found = []
+    for key, trajectory in zip(keys, group, strict=True):
+        share = 0.5 - (lengths[key] - shortest) / (longest - shortest)
+        bonus = share if _raw_reward(trajectory) >= right else min(0.0, share)
+        found.append(_with_reward(trajectory, trajectory.reward + weight * bonus))
+    return found
+
+
 def _with_rewards(groups: Groups, shaped: Callable[[Trajectory], float]) -> Groups:
-    return [
-        [
-            replace(
-                trajectory,
-                reward=shaped(trajectory),
-                raw_reward=(
-                    trajectory.reward if trajectory.raw_reward is None else trajectory.raw_reward
-                ),
-            )
-            for trajectory in group
-        ]
-        for group in groups
-    ]
+    return [[_with_reward(each, shaped(each)) for each in group] for group in groups]
+
+
+def _with_reward(trajectory: Trajectory, reward: float) -> Trajectory:
+    return replace(trajectory, reward=reward, raw_reward=_raw_reward(trajectory))
+
+
+def _raw_reward(trajectory: Trajectory) -> float:
+    return trajectory.reward if trajectory.raw_reward is None else trajectory.raw_reward

@@ -4,6 +4,7 @@ from itertools import chain
 from statistics import fmean, stdev
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -11,6 +12,7 @@ from arealite.algo.advantages import (
     batch_normalized,
     group_advantages,
     leave_one_out_advantages,
+    mean_and_std,
     reward_advantages,
     step_advantages,
     token_rewards,
@@ -266,3 +268,22 @@ def test_the_reward_of_a_trajectory_stands_at_its_last_sampled_token():
         [[0.0, 0.0, 0.5], [0.0, 1.0, 0.0, 0.0]],
         [[0.0, 0.0, 0.5, 0.0]],
     ]
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(0, 4)), max_size=9))
+def test_mean_and_deviation_are_those_of_the_numbers_written_out(drawn: list[tuple[float, int]]):
+    values = torch.tensor([value for value, _ in drawn], dtype=torch.float64)
+    counts = torch.tensor([count for _, count in drawn])
+    written_out = list(chain.from_iterable([value] * count for value, count in drawn))
+    mean, std = mean_and_std(values, counts, sum_over_ranks=alone)
+    assert mean == pytest.approx(fmean(written_out) if written_out else 0.0, abs=1e-9)
+    assert std == pytest.approx(stdev(written_out) if len(written_out) > 1 else 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize(("dtype", "step"), [(torch.float64, 1e-16), (torch.float32, 3e-8)])
+def test_where_only_rounding_differs_the_deviation_is_exactly_zero(dtype: torch.dtype, step: float):
+    values = torch.tensor([0.1, 0.1 + step, 0.1 - step], dtype=dtype)
+    assert len(set(values.tolist())) > 1
+    assert mean_and_std(values, torch.ones(3), sum_over_ranks=alone)[1] == 0.0
+    apart = torch.tensor([0.1, 0.1001], dtype=dtype)
+    assert mean_and_std(apart, torch.ones(2), sum_over_ranks=alone)[1] > 0.0

@@ -1,6 +1,6 @@
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from arealite.algo.corrections import (
     banded_weight,
     interpolated_proximal,
+    k3_dropped,
     second_moment_dropped,
     sequence_dropped,
     truncated_weight,
@@ -119,3 +120,39 @@ def test_what_is_masked_never_counts(gap: float):
         assert not sequence_dropped(
             proximal, behavior, mask, ends, low=0.9, high=1.1, is_geometric=is_geometric
         ).any()
+
+
+def test_tokens_leave_whose_k3_is_above_the_limit():
+    proximal = torch.tensor([0.1, -0.1, 0.5, -0.5, 9.0], dtype=torch.float64)
+    ends = torch.tensor([0, 2, 5])
+    each = [math.exp(gap) - 1 - gap for gap in (0.1, -0.1, 0.5, -0.5)]
+    assert each == pytest.approx([0.00517, 0.00484, 0.14872, 0.10653], abs=1e-5)
+
+    def dropped(limit: float, over: Literal["token", "sequence"]) -> list[bool]:
+        return k3_dropped(proximal, BEHAVIOR, MASK, ends, limit=limit, over=over).tolist()
+
+    assert dropped(0.005, "token") == [True, False, True, True, False]
+    assert dropped(0.12, "token") == [False, False, True, False, False]
+    # Means .005004 and .127626: the ratios themselves would have a geometric mean of 1.
+    assert dropped(0.005, "sequence") == [True, True, True, True, False]
+    assert dropped(0.00501, "sequence") == [False, False, True, True, False]
+    assert dropped(0.128, "sequence") == [False] * 5
+
+
+def test_the_mean_of_k3_over_what_behavior_samples_is_its_divergence_from_proximal():
+    behavior = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    proximal = torch.tensor([0.2, 0.2, 0.6], dtype=torch.float64)
+    divergence = float((behavior * (behavior / proximal).log()).sum())
+    # Ten tokens in the shares of the behavior policy are a sequence with that mean.
+    drawn = torch.tensor([0] * 5 + [1] * 3 + [2] * 2)
+    now, then = proximal.log()[drawn], behavior.log()[drawn]
+    everything, ends = torch.ones(10, dtype=torch.bool), torch.tensor([0, 10])
+    assert not k3_dropped(now, then, everything, ends, limit=divergence + 1e-9).any()
+    assert k3_dropped(now, then, everything, ends, limit=divergence - 1e-9).all()
+
+
+def test_what_a_k3_is_taken_over_is_named():
+    with pytest.raises(ConfigError, match=r"over='batch' must be 'token' or 'sequence'"):
+        k3_dropped(PROXIMAL, BEHAVIOR, MASK, torch.tensor([0, 5]), over="batch")  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="limit=0 must be above 0"):
+        k3_dropped(PROXIMAL, BEHAVIOR, MASK, torch.tensor([0, 5]), limit=0)

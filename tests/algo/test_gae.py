@@ -208,3 +208,10 @@ def test_equal_advantages_and_none_normalize_to_zero():
     assert normalized([ones], [mask], sum_over_ranks=list)[0].tolist() == [0.0] * 3
     assert normalized([], [], sum_over_ranks=list) == []
     assert normalized([ones], [~mask], sum_over_ranks=list)[0].tolist() == [0.0] * 3
+
+
+def test_advantages_that_only_rounding_tells_apart_normalize_to_exactly_zero():
+    nearly = torch.tensor([0.1, 0.1, 0.1]) + torch.tensor([0.0, 1e-8, -1e-8])
+    assert len(set(nearly.tolist())) > 1
+    mask = torch.ones(3).bool()
+    assert normalized([nearly], [mask], sum_over_ranks=list)[0].tolist() == [0.0] * 3

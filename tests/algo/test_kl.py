@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from arealite.algo.kl import KLEstimator, kl_estimate
+from arealite.algo.kl import KLEstimator, kl_estimate, kl_penalized
 from arealite.errors import ConfigError
 
 MASK = torch.tensor([True, True, False])
@@ -59,3 +59,24 @@ def test_without_a_reference_model_it_says_how_to_have_one():
         kl_estimate(torch.zeros(3), torch.empty(0), MASK, "k1")
     with pytest.raises(ConfigError, match="estimator='k4' must be k1, k2 or k3"):
         kl_estimate(torch.zeros(3), torch.zeros(3), MASK, "k4")  # type: ignore[arg-type]
+
+
+def test_a_reward_pays_for_the_distance_of_its_token_from_the_reference():
+    rewards = torch.tensor([0.0, 1.0, 0.25])
+    proximal = torch.tensor([-0.5, -2.0, math.nan], requires_grad=True)
+    reference = torch.tensor([-1.0, -1.0, 0.0])
+    found = kl_penalized(rewards, proximal, reference, MASK, weight=0.1)
+    assert found.tolist() == pytest.approx([-0.05, 1.1, 0.25])
+    assert not found.requires_grad
+    squared = kl_penalized(rewards, proximal, reference, MASK, weight=2.0, estimator="k2")
+    assert squared.tolist() == pytest.approx([-0.25, 0.0, 0.25])
+    assert kl_penalized(rewards, proximal, reference, MASK, weight=0.0).tolist() == rewards.tolist()
+
+
+def test_a_penalty_needs_a_reference_model_and_no_negative_weight():
+    zeros = torch.zeros(3)
+    with pytest.raises(ConfigError, match="ref_logprobs has 0 values for 3 tokens"):
+        kl_penalized(zeros, zeros, torch.empty(0), MASK, weight=0.1)
+    for weight in (-0.1, math.nan):
+        with pytest.raises(ConfigError, match=f"is {weight}; it must be 0 or more"):
+            kl_penalized(zeros, zeros, zeros, MASK, weight=weight)

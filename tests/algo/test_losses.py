@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from arealite.algo.losses import clipped_surrogate, importance_weight
+from arealite.algo.losses import clipped_surrogate, entropy, importance_weight
 from arealite.errors import ConfigError
 
 CURRENT = torch.tensor([-1.0, -0.5, -2.0, -0.1])
@@ -116,3 +116,30 @@ def test_log_probs_that_were_not_attached_are_named_with_the_remedy():
 def test_a_cap_that_would_drop_everything_is_refused(cap: float):
     with pytest.raises(ConfigError, match="cap"):
         importance_weight(PROXIMAL, BEHAVIOR, ALL, cap=cap)
+
+
+def test_the_entropy_of_equal_certain_and_uneven_choices():
+    uneven = [math.log(0.5), math.log(0.25), math.log(0.25)]
+    logits = torch.tensor([[7.0] * 3, [1e4, 0.0, 0.0], uneven, [math.nan] * 3])
+    found = entropy(logits, torch.tensor([True, True, True, False]))
+    assert found.tolist() == pytest.approx([math.log(3), 0.0, 1.5 * math.log(2), 0.0])
+
+
+def test_the_gradient_of_the_entropy_by_its_closed_form():
+    logits = torch.tensor([[0.3, -0.2, 1.0], [2.0, 0.0, -1.0]], dtype=torch.float64)
+    logits.requires_grad_()
+    [gradient] = torch.autograd.grad(entropy(logits, torch.tensor([True, False])).sum(), logits)
+    p = [math.exp(x) for x in (0.3, -0.2, 1.0)]
+    p = [each / sum(p) for each in p]
+    whole = -sum(each * math.log(each) for each in p)
+    # d H / d logit = -p (log p + H)
+    assert gradient[0].tolist() == pytest.approx([-q * (math.log(q) + whole) for q in p])
+    assert gradient[1].tolist() == [0.0] * 3
+
+
+def test_what_can_not_be_drawn_has_no_entropy_and_no_gradient():
+    logits = torch.tensor([[0.0, 0.0, -math.inf]], requires_grad=True)
+    found = entropy(logits, ALL[:1])
+    [gradient] = torch.autograd.grad(found.sum(), logits)
+    assert found.tolist() == pytest.approx([math.log(2)])
+    assert gradient.tolist() == [[0.0, 0.0, 0.0]]

@@ -3,7 +3,7 @@ from dataclasses import replace
 import pytest
 
 from arealite.algo.advantages import group_advantages
-from arealite.algo.shaping import overlong_penalty, scaled_rewards
+from arealite.algo.shaping import length_reward, overlong_penalty, scaled_rewards
 from arealite.errors import ConfigError
 from arealite.types import Trajectory
 
@@ -57,3 +57,42 @@ def test_what_was_raw_before_stays_the_raw_reward():
     shaped_before = replace(response(3, 0.9), raw_reward=1.0)
     [[found]] = overlong_penalty([[shaped_before]], max_tokens=10, tolerance=2)
     assert (found.reward, found.raw_reward) == (0.9, 1.0)
+
+
+def test_short_right_answers_gain_and_long_ones_lose():
+    group = [response(length, reward) for length, reward in ((10, 1), (20, 1), (30, 1), (15, 1))]
+    [found] = length_reward([group])
+    # From 10 to 30 tokens: half a point for the shortest, down to minus half.
+    assert [each.reward for each in found] == [1.5, 1.0, 0.5, 1.25]
+    assert [each.raw_reward for each in found] == [1.0] * 4
+
+
+def test_a_short_wrong_answer_gains_nothing():
+    group = [response(10, 0.0), response(30, 0.0), response(20, 1.0)]
+    [found] = length_reward([group], weight=0.5)
+    assert [each.reward for each in found] == [0.0, -0.25, 1.0]
+
+
+def test_a_group_of_one_length_keeps_its_rewards():
+    groups = [[response(5, 1.0), response(5, 0.0)], [response(7)], []]
+    assert length_reward(groups) == groups
+
+
+def test_right_is_what_was_right_before_any_shaping():
+    short, long = replace(response(10, 0.2), raw_reward=1.0), response(30, 5.0)
+    assert [each.reward for each in length_reward([[short, long]])[0]] == [0.7, 4.5]
+    [found] = length_reward([[short, long]], right=3.0)
+    assert [each.reward for each in found] == [0.2, 4.5]
+    assert found[0].raw_reward == 1.0
+
+
+def test_a_conversation_is_as_long_as_its_parts_together():
+    parts = [replace(response(10), sample=0), replace(response(20), sample=0)]
+    [found] = length_reward([[*parts, response(10), response(20)]])
+    assert [each.reward for each in found] == [0.5, 0.5, 1.5, 1.0]
+
+
+@pytest.mark.parametrize("weight", [-1.0, float("nan")])
+def test_a_length_reward_with_a_negative_weight_is_refused(weight: float):
+    with pytest.raises(ConfigError, match="length reward must be 0 or more"):
+        length_reward([], weight=weight)
