@@ -215,3 +215,13 @@ def test_advantages_that_only_rounding_tells_apart_normalize_to_exactly_zero():
     assert len(set(nearly.tolist())) > 1
     mask = torch.ones(3).bool()
     assert normalized([nearly], [mask], sum_over_ranks=list)[0].tolist() == [0.0] * 3
+
+
+def test_lambda_zero_is_the_error_of_one_step_and_lambda_one_the_return_less_the_value():
+    rewards, values = [1.0, 2.0, 4.0], [0.5, 0.25, 3.0]
+    tensors = packed([(r, v, True) for r, v in zip(rewards, values, strict=True)])
+    one_step, _ = gae(*tensors, gamma=0.5, gae_lambda=0.0)
+    assert one_step.tolist() == [1 + 0.125 - 0.5, 2 + 1.5 - 0.25, 4 - 3.0]
+    to_the_end, returns = gae(*tensors, gamma=0.5, gae_lambda=1.0)
+    assert returns.tolist() == [1 + 1 + 1, 2 + 2, 4.0]
+    assert to_the_end.tolist() == [3 - 0.5, 4 - 0.25, 4 - 3.0]
