@@ -27,6 +27,8 @@ def group_advantages(
 ) -> list[list[float]]:
     """Reward minus its group's mean, one advantage per trajectory.
 
+        A = reward - mean of the group,   or   (reward - mean) / (std + 1e-6)
+
     A group in which every reward is equal, or of one trajectory, gets zeros: it carries no
     preference. A conversation in several parts counts once in the mean, with the mean of theirs.
 
@@ -45,6 +47,8 @@ def group_advantages(
 
 def leave_one_out_advantages(groups: list[list[Trajectory]]) -> list[list[float]]:
     """Reward minus the mean reward of the others in its group, one advantage per trajectory.
+
+        A = reward - (sum of the group - reward) / (n - 1)
 
     The baseline does not depend on what it is subtracted from, so it leaves the gradient unbiased;
     it is n / (n - 1) times `group_advantages`. A conversation in several parts counts once. A group
@@ -65,6 +69,8 @@ def _leave_one_out(num_samples: int) -> float:
 def reward_advantages(groups: list[list[Trajectory]]) -> list[list[float]]:
     """The reward itself, for a critic-free PPO that normalizes over the batch afterwards.
 
+        A = reward
+
     With gamma = lambda = 1 and no critic every token's return is the reward of its trajectory.
 
     Source: AReaL v0.1 and v0.2; REINFORCE++, arXiv:2501.03262.
@@ -74,6 +80,8 @@ def reward_advantages(groups: list[list[Trajectory]]) -> list[list[float]]:
 
 def token_rewards(groups: list[list[Trajectory]]) -> list[list[list[float]]]:
     """One reward for each token: that of the trajectory at its last sampled token, 0 elsewhere.
+
+        r(t) = reward at the last sampled token, else 0
 
     What `gae` starts from. Step rewards, where there are any, stand where their steps end, and the
     reward of the whole then counts only as far as it is among them.
@@ -100,6 +108,8 @@ def batch_normalized(
     is_centered: bool = True,
 ) -> list[list[float]]:
     """Advantages less their mean, over their sample standard deviation plus 1e-6, in all the batch.
+
+        A = (a - mean) / (std + 1e-6)
 
     A batch in which all are equal gets zeros. A collective of all ranks.
 
@@ -152,6 +162,8 @@ def step_advantages(
     groups: list[list[Trajectory]], *, divide_by_std: bool = False
 ) -> list[list[list[float]]]:
     """One advantage for each token of each trajectory: the centered rewards of what it led to.
+
+        A(t) = sum of (r(k) - mean) over the steps k that end at t or later
 
     Centered is a step's reward less the mean of all step rewards of the group. A token gets the sum
     over the steps that end with it or later; so early tokens answer for all that follows, also in

@@ -28,6 +28,8 @@ def truncated_weight(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """min(proximal / behavior, cap) [T] without gradient, and where the cap acts [T] bool.
 
+        weight = min(proximal / behavior, cap)
+
     Every token stays in the loss. `losses.importance_weight` leaves those above the cap out.
 
     Source: TIS, https://fengyao.notion.site/off-policy-rl; its cap is 2.
@@ -46,6 +48,8 @@ def banded_weight(
     high: float = 5.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """proximal / behavior [T] without gradient, 0 outside of [low, high], and where that is.
+
+        weight = proximal / behavior if low <= it <= high, else 0
 
     Source: IcePop, arXiv:2510.18855.
     """
@@ -66,6 +70,8 @@ def sequence_dropped(
     is_geometric: bool,
 ) -> torch.Tensor:
     """[T] bool: tokens of sequences whose ratio proximal / behavior is outside of [low, high].
+
+        ratio = exp(sum or mean over the sequence of log(proximal / behavior))
 
     Args:
         is_geometric: the ratio is the geometric mean of those of its tokens, of which .99 to 1.01
@@ -128,6 +134,8 @@ def second_moment_dropped(
 ) -> list[torch.Tensor]:
     """Which tokens to leave out so that the mean of (behavior - proximal)^2 is below `limit`.
 
+        mean over what stays of log(behavior / proximal)^2 < limit
+
     The largest leave first, and as few as can be. All micro-batches of a minibatch are looked at
     together: cut in another way, the same tokens are dropped.
 
@@ -164,8 +172,10 @@ def interpolated_proximal(
 ) -> torch.Tensor:
     """Proximal log-probs [T] without a forward pass: between behavior and current, by their age.
 
-    behavior + alpha (current - behavior), with alpha = (version - 1 - v) / (version - v) for tokens
-    of older weights v >= 0, and 0 for the others.
+        log proximal = log behavior + (age - 1) / age * log(current / behavior)
+
+    The age is `version` less that of the weights that sampled a token. Tokens of the newest
+    weights, or of unknown ones, keep the log-prob of behavior.
 
     Args:
         logprobs: [T] current; no gradient goes through them here.

@@ -82,6 +82,8 @@ def normalized(
 ) -> list[torch.Tensor]:
     """Advantages less their mean, over their sample standard deviation plus 1e-6; 0 elsewhere.
 
+        A = (a - mean) / (std + 1e-6)
+
     Over all sampled tokens of all micro-batches of all ranks; zeros if all are equal. A collective.
 
     Args:

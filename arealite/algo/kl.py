@@ -21,6 +21,8 @@ def kl_estimate(
 ) -> torch.Tensor:
     """An estimate [T] of KL(current || reference) at sampled tokens; 0 elsewhere.
 
+        k1 = d,   k2 = d^2 / 2,   k3 = exp(-d) - 1 + d,   d = log(current / reference)
+
     Args:
         logprobs: [T] under the current policy; with gradient in a loss, without in a reward.
         ref_logprobs: [T] under the reference model; see `attach`.

@@ -22,7 +22,8 @@ def clipped_surrogate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """PPO's clipped objective [T], to be maximized, and where the clip stops the gradient [T] bool.
 
-    min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A) with ratio = current / proximal.
+        min(ratio * A, clip(ratio, 1 - clip_low, 1 + clip_high) * A),
+        ratio = current / proximal
 
     Args:
         logprobs: [T] under the current policy, with gradient.
@@ -45,6 +46,8 @@ def dual_clipped(
     surrogate: torch.Tensor, advantages: torch.Tensor, *, cap: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The surrogate, but never below cap * A where A < 0; and where that stops the gradient.
+
+        max(surrogate, cap * A) where A < 0, else surrogate
 
     What was sampled by a much older policy may have a huge ratio; with a negative advantage the
     clip above does not bound it.
@@ -74,6 +77,9 @@ def sequence_surrogate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """GSPO's objective [T], to be maximized, and where the clip stops the gradient [T] bool.
 
+        min(s * A, clip(s, 1 - clip_low, 1 + clip_high) * A),
+        s = exp(mean over the sequence of log(current / proximal))
+
     As `clipped_surrogate`, with one ratio for all tokens of a sequence: the geometric mean
     exp(mean over its sampled tokens of current - proximal). With `aggregation="sequence"` the
     tokens of a sequence sum to its term of the paper's mean over sequences.
@@ -102,8 +108,10 @@ def cispo_surrogate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """CISPO's objective [T], to be maximized, and where its weight is clipped [T] bool.
 
-    clip(ratio, 1 - clip_low, 1 + clip_high) * A * current, with no gradient through the ratio: a
-    clipped token goes on teaching with a bounded weight, where PPO would drop it.
+        clip(ratio, 1 - clip_low, 1 + clip_high) * A * log current
+
+    No gradient goes through the ratio: a clipped token goes on teaching with a bounded weight,
+    where PPO would drop it.
 
     Args:
         clip_low: large, so that it never acts, in the paper; 1 is the largest that means anything.
@@ -130,7 +138,9 @@ def sapo_surrogate(
 ) -> torch.Tensor:
     """SAPO's objective [T], to be maximized: a gate that closes smoothly instead of a clip.
 
-    4 / tau * sigmoid(tau * (ratio - 1)) * A, whose gradient at ratio 1 is PPO's.
+        4 / tau * sigmoid(tau * (ratio - 1)) * A
+
+    Its gradient at ratio 1 is PPO's.
 
     Args:
         tau_positive: of tokens with A > 0; the larger, the sooner the gate closes.
@@ -157,8 +167,10 @@ def tv_surrogate(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """DPPO's objective [T], to be maximized, and which tokens are dropped [T] bool.
 
-    ratio * A, without the tokens whose probability has moved by more than `limit` in the direction
-    of A. A rare token's ratio moves far where its probability, and so the policy, hardly does.
+        ratio * A, or 0 where (current - proximal) * sign(A) > limit
+
+    Dropped is what has moved by more than `limit` in the direction of A. A rare token's ratio moves
+    far where its probability, and so the policy, hardly does.
 
     Args:
         limit: of |current - proximal| as probabilities, the total variation of "this token or
@@ -181,6 +193,8 @@ def importance_weight(
     cap: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """proximal / behavior [T] without gradient, and which tokens the cap leaves out [T] bool.
+
+        weight = proximal / behavior, or 0 where that is above cap
 
     Corrects for tokens sampled by older weights. A token above the cap gets weight 0: it leaves
     the loss, but stays in the denominator. `cap=math.inf` keeps all.
@@ -230,7 +244,12 @@ def entropy(logits: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
 def mean_of_sequence(
     values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """[T] for each token the mean over the sampled tokens of its sequence; 0 if it has none."""
+    """[T] for each token the mean over the sampled tokens of its sequence; 0 if it has none.
+
+        m = sum(x) / n over the n sampled tokens
+
+    What was not sampled may be anything, also nan.
+    """
     sums, counts = (
         sum_of_sequence(each, loss_mask, cu_seqlens) for each in (values, torch.ones_like(values))
     )
@@ -240,7 +259,12 @@ def mean_of_sequence(
 def sum_of_sequence(
     values: torch.Tensor, loss_mask: torch.Tensor, cu_seqlens: torch.Tensor
 ) -> torch.Tensor:
-    """[T] for each token the sum over the sampled tokens of its sequence."""
+    """[T] for each token the sum over the sampled tokens of its sequence.
+
+        s = sum(x) over the sampled tokens
+
+    What was not sampled may be anything, also nan.
+    """
     lengths = cu_seqlens.diff().long()
     sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
     masked = torch.where(loss_mask, values, 0.0)

@@ -14,6 +14,8 @@ def dpo_loss(
 ) -> torch.Tensor:
     """Loss [N] of each pair: -log sigmoid(beta * (margin of the policy - margin of the reference)).
 
+        -log sigmoid(beta * (log(chosen / rejected) - log(ref chosen / ref rejected)))
+
     Args:
         chosen_logprobs, rejected_logprobs: [N] of whole responses under the policy.
         ref_chosen_logprobs, ref_rejected_logprobs: [N] the same under the reference model.
@@ -28,6 +30,8 @@ def dpo_loss(
 
 def preference_loss(chosen_scores: torch.Tensor, rejected_scores: torch.Tensor) -> torch.Tensor:
     """Loss [N] of a reward model: -log sigmoid(score of the chosen - score of the rejected).
+
+        -log sigmoid(chosen - rejected)
 
     Source: Bradley-Terry, as in InstructGPT, arXiv:2203.02155 equation 1.
     """

@@ -18,7 +18,7 @@ def overlong_penalty(
 ) -> Groups:
     """Take away up to `factor` from responses that come near their budget.
 
-    reward + min(0, -(length - (max_tokens - tolerance)) / tolerance * factor)
+        reward + min(0, -(length - (max_tokens - tolerance)) / tolerance * factor)
 
     Args:
         max_tokens: budget of a response, `sampling.max_new_tokens`; lengths are sampled tokens.
@@ -38,6 +38,8 @@ def overlong_penalty(
 
 def scaled_rewards(groups: Groups, *, right: float, wrong: float) -> Groups:
     """Rewards from 0 to 1 as numbers from `wrong` to `right`, such as -5 and 5.
+
+        wrong + (right - wrong) * reward
 
     It changes nothing where advantages are divided by their deviation.
 

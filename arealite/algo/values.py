@@ -13,8 +13,10 @@ def value_loss(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Half the squared error [T] of a critic, and where the clip stops its gradient [T] bool.
 
-    max((values - returns)^2, (clipped - returns)^2) / 2, where clipped stays within `clip` of what
-    the critic said at the start of the step. 0 at tokens that the policy did not sample.
+        max((v - return)^2, (clip(v, old - clip, old + clip) - return)^2) / 2
+
+    The clip keeps a value near what the critic said at the start of the step. 0 at tokens that the
+    policy did not sample.
 
     Args:
         values: [T] of the critic that is being trained, with gradient.
@@ -37,6 +39,8 @@ def explained_variance(
     values: torch.Tensor, returns: torch.Tensor, loss_mask: torch.Tensor
 ) -> float:
     """1 - Var(returns - values) / Var(returns) over sampled tokens; nan if the returns are equal.
+
+        1 - Var(returns - values) / Var(returns)
 
     1: it knows them; 0: no better than their mean; below: worse.
     """
