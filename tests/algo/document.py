@@ -135,6 +135,8 @@ def _in_lines() -> list[Whole]:
 
 def _lines_of(each: Whole) -> str:
     code = f'# in main, to pack, with aggregation="{each.aggregation}"\n{each.advantages}\n'
+    if each.step:
+        code += f"# in main, for each minibatch before its step\n{each.step}\n"
     return f"### {each.name}\n\n```python\n{code}# in grpo_loss\n{each.loss}\n```\n"
 
 
