@@ -3,13 +3,14 @@
     torchrun recipes/gsm8k_ppo.py                                # two CPU cores, in minutes
 
 The loop is that of gsm8k_grpo.py. New is the critic, the same model with one number per token in
-place of its head. Its values and the rewards give the advantages by GAE, normalized over all tokens
-of the batch, and the returns that it learns next. For the first steps it learns alone. Expected
-curve: recipes/README.md#gsm8k-ppo.
+place of its head. Its values and the rewards, less a KL if that has a weight, give the advantages
+by GAE, normalized over all tokens of the batch, and the returns that it learns next; for the first
+steps it learns alone. Expected curve: recipes/README.md#gsm8k-ppo.
 
 Source: PPO, arXiv:1707.06347; GAE, arXiv:1506.02438.
 """
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,6 +20,7 @@ import torch
 from arealite import dist
 from arealite.algo.advantages import token_rewards
 from arealite.algo.gae import gae, normalized
+from arealite.algo.kl import kl_penalized
 from arealite.algo.values import explained_variance, value_loss
 from arealite.checkpoint import Engines, RunLock, load_checkpoint, save_checkpoint
 from arealite.config import check_at_least, parse
@@ -34,6 +36,7 @@ from arealite.rollout.executor import RolloutConfig, RolloutExecutor, run_episod
 from arealite.rollout.workflows import SingleTurnWorkflow
 from arealite.training.fsdp import FSDPConfig, FSDPEngine
 from arealite.training.packing import attach, pack
+from arealite.training.reference import Reference
 from arealite.types import LossOutput, MicroBatch
 from arealite.weights import push_weights
 from recipes import gsm8k_grpo
@@ -48,6 +51,8 @@ class Config(gsm8k_grpo.Config):
     """Discount per token, from 0 to 1."""
     gae_lambda: float = 0.95
     """0 trusts the critic after one token, 1 only the rewards."""
+    kl_weight: float = 0.0
+    """What a token costs per nat between policy and model before training, in units of reward."""
     value_clip: float = 0.5
     """How far a value may move in one step before its gradient stops, in units of the reward."""
     critic_epochs: int = 4
@@ -68,38 +73,36 @@ class Config(gsm8k_grpo.Config):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_at_least(self, gamma=0, gae_lambda=0, value_clip=1e-9, critic_warmup_steps=0)
-        check_at_least(self, critic_epochs=1)
+        check_at_least(self, gamma=0, gae_lambda=0, kl_weight=0, value_clip=1e-9)
+        check_at_least(self, critic_epochs=1, critic_warmup_steps=0)
+
+
+def rewards_of(mb: MicroBatch, cfg: Config) -> torch.Tensor:
+    """The rewards [T] of its tokens, less what their distance from the reference costs."""
+    if not cfg.kl_weight:
+        return mb.advantages
+    return kl_penalized(
+        mb.advantages, mb.proximal_logprobs, mb.ref_logprobs, mb.loss_mask, weight=cfg.kl_weight
+    )
 
 
 def estimate(
     minibatches: list[list[MicroBatch]], critic: FSDPEngine, cfg: Config
 ) -> list[list[MicroBatch]]:
     """The same with advantages, old values and returns; their `advantages` were token rewards."""
+    discounts = {"gamma": cfg.gamma, "gae_lambda": cfg.gae_lambda}
     found: list[list[MicroBatch]] = []
     for minibatch in minibatches:
         values = critic.values(minibatch)
         pairs = [
-            gae(
-                mb.advantages,
-                value,
-                mb.loss_mask,
-                mb.cu_seqlens,
-                gamma=cfg.gamma,
-                gae_lambda=cfg.gae_lambda,
-            )
+            gae(rewards_of(mb, cfg), value, mb.loss_mask, mb.cu_seqlens, **discounts)
             for mb, value in zip(minibatch, values, strict=True)
         ]
         advantages, returns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
         found.append(attach(minibatch, advantages=advantages, old_values=values, returns=returns))
     every = [mb for minibatch in found for mb in minibatch]
-    whole = iter(
-        normalized(
-            [mb.advantages for mb in every],
-            [mb.loss_mask for mb in every],
-            sum_over_ranks=dist.sum,
-        )
-    )
+    advantages, masks = [mb.advantages for mb in every], [mb.loss_mask for mb in every]
+    whole = iter(normalized(advantages, masks, sum_over_ranks=dist.sum))
     return [attach(minibatch, advantages=[next(whole) for _ in minibatch]) for minibatch in found]
 
 
@@ -112,11 +115,8 @@ def critic_loss(values: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput
 def knowledge(minibatches: list[list[MicroBatch]]) -> dict[str, float]:
     """How much of the returns the critic foresaw, over this rank's tokens."""
     every = [mb for minibatch in minibatches for mb in minibatch]
-    values, returns, masks = (
-        torch.cat([getattr(mb, name) for mb in every])
-        for name in ("old_values", "returns", "loss_mask")
-    )
-    return {"critic/explained_variance": explained_variance(values, returns, masks)}
+    columns = zip(*((mb.old_values, mb.returns, mb.loss_mask) for mb in every), strict=True)
+    return {"critic/explained_variance": explained_variance(*map(torch.cat, columns))}
 
 
 def main(cfg: Config) -> None:
@@ -135,6 +135,7 @@ def main(cfg: Config) -> None:
         MetricLogger(cfg.out_dir, cfg) as metrics,
         FSDPEngine(cfg.model, cfg.train) as train_engine,
         FSDPEngine(cfg.model, cfg.critic, is_critic=True) as critic,
+        Reference(cfg.model, train_engine) if cfg.kl_weight else nullcontext() as reference,
         serve(cfg.model, cfg.server, log_dir=cfg.out_dir) as server,
         VLLMEngine(server) as inference_engine,
     ):
@@ -180,15 +181,16 @@ def main(cfg: Config) -> None:
                 minibatches = [
                     attach(mbs, proximal_logprobs=train_engine.logprobs(mbs)) for mbs in minibatches
                 ]
+                minibatches = [
+                    attach(mbs, ref_logprobs=reference.logprobs(mbs)) if reference else mbs
+                    for mbs in minibatches
+                ]
                 minibatches = estimate(minibatches, critic, cfg)
                 gap = gate.check(minibatches, version) | knowledge(minibatches)
                 for mbs in minibatches * cfg.critic_epochs:
                     critic.step(mbs, critic_loss_fn, head="values")
-                stats = (
-                    []
-                    if version < cfg.critic_warmup_steps
-                    else [train_engine.step(mbs, loss_fn) for mbs in minibatches]
-                )
+                is_warm = version >= cfg.critic_warmup_steps
+                stats = [train_engine.step(mbs, loss_fn) for mbs in minibatches if is_warm]
                 push_weights(train_engine, inference_engine, version=version + 1)
 
                 progress = rollout_metrics(groups, version, lost) | train_metrics(stats) | gap

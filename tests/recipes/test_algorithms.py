@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from arealite.config import parse
 from arealite.data import GSM8K_MINI, TINY_AGENT, load_rows, load_tokenizer
 from arealite.errors import ConfigError, RolloutError
 from arealite.observe.metrics import read_metrics
 from arealite.testing import ScriptedServer
+from arealite.types import MicroBatch
 from recipes import (
     filter_by_difficulty,
     gsm8k_dapo,
@@ -84,6 +86,35 @@ def test_the_critic_learns_alone_at_first_and_its_knowledge_is_logged(tmp_path: 
     assert "train/grad_norm" not in first and second["train/grad_norm"] > 0
     assert first["critic/explained_variance"] == 0.0  # it expects 0 everywhere
     assert second["critic/explained_variance"] != 0.0
+
+
+def test_a_token_pays_for_its_distance_from_the_reference():
+    mb = MicroBatch(
+        token_ids=torch.tensor([1, 2, 3]),
+        cu_seqlens=torch.tensor([0, 3]),
+        loss_mask=torch.tensor([False, True, True]),
+        behavior_logprobs=torch.zeros(3),
+        versions=torch.zeros(3),
+        temperature=torch.ones(3),
+        advantages=torch.tensor([0.0, 0.0, 1.0]),  # the reward, until `estimate`
+        loss_weight=torch.ones(3),
+        proximal_logprobs=torch.tensor([0.0, -1.0, -0.5]),
+        ref_logprobs=torch.tensor([0.0, -3.0, -0.25]),
+    )
+    paying = gsm8k_ppo.rewards_of(mb, gsm8k_ppo.Config(kl_weight=0.1))
+    torch.testing.assert_close(paying, torch.tensor([0.0, -0.2, 1.025]))
+    assert torch.equal(gsm8k_ppo.rewards_of(mb, gsm8k_ppo.Config()), mb.advantages)
+
+
+def test_a_reference_is_kept_where_distance_costs(tmp_path: Path):
+    free, paying = (
+        run_with_policy(
+            gsm8k_ppo, right_every_other_time(), tmp_path / weight, f"kl_weight={weight}",
+            "critic_warmup_steps=0", "train.lr=1e-2",
+        )
+        for weight in ("0", "100")
+    )  # fmt: skip
+    assert paying["critic/explained_variance"] != free["critic/explained_variance"]
 
 
 def test_right_is_worth_five_and_wrong_minus_five(tmp_path: Path):
