@@ -34,7 +34,7 @@ class Config:
     model: str = "arealite/tiny-math"
     """Hugging Face id or folder; `arealite/tiny-math` is the embedded model that runs anywhere."""
     dataset: str = "arealite/gsm8k-mini"
-    """Hugging Face id, or a folder or file of rows with `question` and `answer`."""
+    """Hugging Face id, or a folder or file of rows with `question` and `answer`, or `messages`."""
     max_rows: int = 0
     """Train on the first rows of the data set, so many; 0: on all."""
     system_prompt: str = ""

@@ -10,8 +10,8 @@ a prompt says about the form of the answer stays, because it is part of what was
 import hashlib
 import json
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from arealite.errors import DataError
@@ -41,11 +41,13 @@ class RowFormat:
     answer: Callable[[Row], object] | None
     """Text, or a list of accepted texts; DataError as above."""
     reward: str
-    """What grades it, in `arealite.rewards`."""
+    """What grades it, in `arealite.rewards`; for recipes without a reward, the recipe."""
+    others: Mapping[str, Callable[[Row], object]] = field(default_factory=dict)
+    """What is made of other fields that may be wanted, by their names."""
 
     def read(self, row: Row, wanted: tuple[str, ...]) -> Row:
         """The row with those of `question` and `answer` that are wanted, and all other keys."""
-        found: Row = {}
+        found = {key: make(row) for key, make in self.others.items() if key in wanted}
         if "question" in wanted:
             found["question"] = self.question(row)
         if "answer" in wanted and self.answer is not None:
@@ -131,11 +133,15 @@ def _answer_or_last_box(row: Row) -> object:
 
 def _message_or_conversation(row: Row) -> object:
     """The prompt; as text if it is a single message of the user."""
-    prompt = row["prompt"]
-    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], dict):
-        [message] = prompt
-        return _field(row, "prompt", 0, "content") if message.get("role") == "user" else prompt
-    return prompt
+    return _text_of_single(row["prompt"])
+
+
+def _text_of_single(messages: object) -> object:
+    if isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict):
+        [message] = messages
+        if message.get("role") == "user":
+            return _field({"prompt": messages}, "prompt", 0, "content")
+    return messages
 
 
 def _ground_truth(row: Row) -> object:
@@ -208,6 +214,35 @@ def _puzzle_and_choices(row: Row) -> object:
         f"{puzzle}\n\n{question.strip()}\n\n{chr(10).join(lines)}\n\n"
         "End your answer with your choice, in its own words, in \\boxed{}."
     )
+
+
+# --- Conversations and preferences, in the form of TRL --------------------------------------------
+
+
+def _all_but_the_last(name: str) -> Callable[[Row], object]:
+    """What the last of these messages answers."""
+    return lambda row: _text_of_single(_messages(row, name)[:-1])
+
+
+def _last_text(name: str) -> Callable[[Row], object]:
+    """Text, or that of the last of these messages, which is the assistant's."""
+
+    def read(row: Row) -> object:
+        if isinstance(row[name], str):
+            return row[name]
+        message = _messages(row, name)[-1]
+        if not isinstance(message, dict) or message.get("role") != "assistant":
+            raise DataError(f"{name!r} does not end with a message of the assistant")
+        return message.get("content")
+
+    return read
+
+
+def _messages(row: Row, name: str) -> list[Any]:
+    messages = row[name]
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{name!r} is {messages!r:.60}, not a list of messages")
+    return messages
 
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
@@ -324,6 +359,44 @@ FORMATS = (
         question=_problem,
         answer=_answer_or_last_box,
         reward="`math_reward`",
+    ),
+    RowFormat(
+        name="preferences",
+        keys=("prompt", "chosen", "rejected"),
+        question_from="`prompt`",
+        answer_from="",
+        question=_message_or_conversation,
+        answer=None,
+        others={"chosen": _last_text("chosen"), "rejected": _last_text("rejected")},
+        reward="`dpo.py`",
+    ),
+    RowFormat(
+        name="preferences without a prompt",
+        keys=("chosen", "rejected"),
+        question_from="`chosen` but for the last message",
+        answer_from="",
+        question=_all_but_the_last("chosen"),
+        answer=None,
+        others={"chosen": _last_text("chosen"), "rejected": _last_text("rejected")},
+        reward="`dpo.py`",
+    ),
+    RowFormat(
+        name="completions",
+        keys=("prompt", "completion"),
+        question_from="`prompt`",
+        answer_from="`completion`, or its last message",
+        question=_message_or_conversation,
+        answer=_last_text("completion"),
+        reward="`sft.py`",
+    ),
+    RowFormat(
+        name="conversations",
+        keys=("messages",),
+        question_from="`messages` but for the last",
+        answer_from="the last of `messages`",
+        question=_all_but_the_last("messages"),
+        answer=_last_text("messages"),
+        reward="`sft.py`",
     ),
 )
 """The first whose keys a row has is its format."""

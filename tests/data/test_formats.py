@@ -93,7 +93,9 @@ def test_a_published_row_is_read_from_parquet_and_from_the_hub(
 def test_every_format_is_that_of_a_published_row():
     rows = [published.row for published in PUBLISHED.values()]
     pairs = [{"0": row[0], "1": row[1]} if isinstance(row, list) else row for row in rows]
-    assert {found.name for row in pairs if (found := format_of(row))} == {f.name for f in FORMATS}
+    of_trl = {"conversations", "completions", "preferences", "preferences without a prompt"}
+    found = {found.name for row in pairs if (found := format_of(row))}
+    assert found == {each.name for each in FORMATS} - of_trl
     assert format_of(PUBLISHED["GSM8K"].row) is None
     assert format_of(CHOICES_ROW) is CHOICES
 
@@ -207,3 +209,55 @@ def test_the_letter_of_a_choice_is_as_good_as_its_text(tmp_path: Path):
 def test_numbers_and_line_breaks_in_a_bare_answer_do_no_harm(tmp_path: Path):
     rows = [{"problem": "?", "answer": answer} for answer in (12, 0.5, "a\n b")]
     assert [row["answer"] for row in load(tmp_path, *rows)] == ["12", "0.5", "a b"]
+
+
+USER, SYSTEM = {"role": "user", "content": "1+1?"}, {"role": "system", "content": "Be brief."}
+TWO, THREE = ({"role": "assistant", "content": text} for text in ("2", "3"))
+
+
+@pytest.mark.parametrize(
+    ("raw", "expected"),
+    [
+        ({"messages": [USER, TWO]}, {"question": "1+1?", "answer": "2"}),
+        ({"messages": [SYSTEM, USER, TWO]}, {"question": [SYSTEM, USER], "answer": "2"}),
+        ({"prompt": "1+1?", "completion": "2"}, {"question": "1+1?", "answer": "2"}),
+        ({"prompt": [USER], "completion": [TWO]}, {"question": "1+1?", "answer": "2"}),
+    ],
+)
+def test_conversations_and_completions_are_something_to_imitate(
+    tmp_path: Path, raw: dict[str, Any], expected: dict[str, Any]
+):
+    assert load(tmp_path, raw) == [raw | expected]
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        {"prompt": "1+1?", "chosen": "2", "rejected": "3"},
+        {"prompt": [USER], "chosen": [TWO], "rejected": [THREE]},
+        {"prompt": "1+1?", "chosen": [USER, TWO], "rejected": [USER, THREE]},
+        {"chosen": [USER, TWO], "rejected": [USER, THREE]},
+    ],
+)
+def test_preferences_are_a_question_and_two_texts(tmp_path: Path, raw: dict[str, Any]):
+    required = ("question", "chosen", "rejected")
+    expected = {"question": "1+1?", "chosen": "2", "rejected": "3"}
+    [row] = load(tmp_path, raw, required=required)
+    assert row == raw | expected
+    assert load(tmp_path, row, required=required) == [row]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        ({"messages": [USER]}, "'messages' does not end with a message of the assistant"),
+        ({"messages": []}, r"'messages' is \[\], not a list of messages"),
+        ({"messages": [TWO]}, "'question' .* is empty"),
+        ({"prompt": "1+1?", "completion": [USER]}, "'completion' does not end with a message of"),
+    ],
+)
+def test_a_conversation_that_nobody_answers_is_refused(
+    tmp_path: Path, raw: dict[str, Any], message: str
+):
+    with pytest.raises(DataError, match=message):
+        load(tmp_path, raw)
