@@ -63,7 +63,7 @@ def leave_one_out_advantages(groups: list[list[Trajectory]]) -> list[list[float]
 
 
 def _leave_one_out(num_samples: int) -> float:
-    return num_samples / (num_samples - 1) if num_samples > 1 else 0.0
+    return num_samples / max(1, num_samples - 1)
 
 
 def reward_advantages(groups: list[list[Trajectory]]) -> list[list[float]]:
@@ -125,9 +125,10 @@ def batch_normalized(
     """
     if over not in ("tokens", "trajectories"):
         raise ConfigError(f"over={over!r} must be 'tokens' or 'trajectories'.")
-    values = torch.tensor(list(chain.from_iterable(advantages)), dtype=torch.float64)
     counts = [t.response_length if over == "tokens" else 1 for group in groups for t in group]
-    mean, std = mean_and_std(values, torch.tensor(counts), sum_over_ranks=sum_over_ranks)
+    pairs = list(zip(chain.from_iterable(advantages), counts, strict=True))
+    values, times = torch.tensor(pairs, dtype=torch.float64).reshape(-1, 2).unbind(1)
+    mean, std = mean_and_std(values, times, sum_over_ranks=sum_over_ranks)
     if std == 0:
         return [[0.0] * len(group) for group in advantages]
     shift = mean if is_centered else 0.0
@@ -256,8 +257,8 @@ def _gathered(indices: Iterable[int], keys: list[int]) -> list[list[int]]:
 
 def _centered(rewards: list[float], basis: list[float], divide_by_std: bool) -> list[float]:
     """The rewards less the mean of `basis`, over its standard deviation."""
-    if len(set(rewards) | set(basis)) <= 1:
-        return [0.0] * len(rewards)
+    if not rewards:
+        return []
     mean = _mean(basis)
     centered = [reward - mean for reward in rewards]
     if not divide_by_std:

@@ -83,8 +83,7 @@ def sequence_dropped(
     with torch.no_grad():
         gap = proximal_logprobs - behavior_logprobs
         over_sequence = mean_of_sequence if is_geometric else sum_of_sequence
-        log_ratio = over_sequence(gap, loss_mask, cu_seqlens)
-        ratio = log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+        ratio = over_sequence(gap, loss_mask, cu_seqlens).exp()
         return loss_mask & ((ratio < low) | (ratio > high))
 
 
@@ -118,7 +117,7 @@ def k3_dropped(
         raise ConfigError(f"over={over!r} must be 'token' or 'sequence'.")
     with torch.no_grad():
         gap = torch.where(loss_mask, proximal_logprobs - behavior_logprobs, 0.0)
-        gap = gap.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+        gap = gap.clamp(max=MAX_LOG_RATIO)
         k3 = gap.expm1() - gap
         if over == "sequence":
             k3 = mean_of_sequence(k3, loss_mask, cu_seqlens)
@@ -145,15 +144,15 @@ def second_moment_dropped(
     Source: M2PO, arXiv:2510.01161.
     """
     _check_above("limit", limit, 0)
+    if not loss_masks:
+        return []
     squares = [
-        torch.where(mask, (behavior - proximal).double() ** 2, 0.0)
-        for proximal, behavior, mask in zip(
-            proximal_logprobs, behavior_logprobs, loss_masks, strict=True
-        )
+        (behavior - proximal).double() ** 2
+        for proximal, behavior in zip(proximal_logprobs, behavior_logprobs, strict=True)
     ]
     sampled = [square[mask] for square, mask in zip(squares, loss_masks, strict=True)]
-    ordered = torch.cat(sampled).sort().values if sampled else torch.empty(0)
-    means = ordered.cumsum(0) / torch.arange(1, len(ordered) + 1, device=ordered.device)
+    ordered = torch.cat(sampled).sort().values
+    means = ordered.cumsum(0) / torch.ones_like(ordered).cumsum(0)
     num_kept = int((means < limit).sum())  # the means rise with what is added
     if num_kept == len(ordered):
         return [torch.zeros_like(mask) for mask in loss_masks]
@@ -184,11 +183,10 @@ def interpolated_proximal(
 
     Source: A-3PO, arXiv:2512.06547.
     """
-    age = version - versions
+    age = (version - versions).to(behavior_logprobs.dtype)
     is_older = loss_mask & (versions >= 0) & (age > 0)
-    alpha = torch.where(is_older, (age - 1) / age.clamp(min=1), 0.0).to(behavior_logprobs.dtype)
-    gap = torch.where(loss_mask, logprobs.detach() - behavior_logprobs, 0.0)
-    return behavior_logprobs + alpha * gap
+    nearer = (age - 1) / age * (logprobs.detach() - behavior_logprobs)
+    return behavior_logprobs + torch.where(is_older, nearer, 0.0)
 
 
 def _check_above(name: str, value: float, limit: float) -> None:

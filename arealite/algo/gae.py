@@ -10,7 +10,6 @@ from arealite.algo.advantages import STD_EPS, SumOverRanks, mean_and_std
 from arealite.errors import ConfigError
 
 
-@torch.no_grad()
 def gae(
     rewards: torch.Tensor,
     values: torch.Tensor,
@@ -50,30 +49,30 @@ def gae(
     _check_tokens(rewards, values, loss_mask, cu_seqlens)
     _check_ends(end_values, is_truncated, len(cu_seqlens) - 1)
     _check_discounts(gamma, gae_lambda)
-    actions = loss_mask.nonzero()[:, 0]
-    num_done = torch.cat([loss_mask.new_zeros(1, dtype=torch.int64), loss_mask.cumsum(0)])
-    bounds = num_done[cu_seqlens.long()]  # [N + 1] of the trajectories within the K actions
-    is_last = torch.zeros_like(actions, dtype=torch.bool)
-    has_action = bounds.diff() > 0
-    is_last[bounds[1:][has_action] - 1] = True
+    with torch.no_grad():
+        actions = loss_mask.nonzero()[:, 0]
+        num_done = torch.cat([loss_mask.new_zeros(1), loss_mask.cumsum(0)])
+        bounds = num_done[cu_seqlens.long()]  # [N + 1] of the trajectories within the K actions
+        is_last = torch.zeros_like(actions, dtype=torch.bool)
+        has_action = bounds.diff() > 0
+        is_last[bounds[1:][has_action] - 1] = True
 
-    value = values[actions].double()
-    reward = _credited(rewards, num_done[1:], bounds, cu_seqlens, len(actions))
-    next_value = torch.cat([value[1:], value.new_zeros(1)])[: len(value)].masked_fill(is_last, 0.0)
-    if end_values is not None and is_truncated is not None:
-        ends = torch.where(is_truncated, end_values.double(), 0.0)
-        next_value[is_last] = ends[has_action]
-    delta = reward + gamma * next_value - value
-    decay = torch.full_like(delta, gamma * gae_lambda).masked_fill(is_last, 0.0)
-    advantage = _suffix_sums(delta, decay, int(bounds.diff().max()) if len(actions) else 0)
+        value = values[actions].double()
+        reward = _credited(rewards, num_done[1:], bounds, cu_seqlens, len(actions))
+        next_value = value.roll(-1).masked_fill(is_last, 0.0)
+        if end_values is not None and is_truncated is not None:
+            ends = torch.where(is_truncated, end_values.double(), 0.0)
+            next_value[is_last] = ends[has_action]
+        delta = reward + gamma * next_value - value
+        decay = torch.full_like(delta, gamma * gae_lambda).masked_fill(is_last, 0.0)
+        advantage = _suffix_sums(delta, decay, int(bounds.diff().max()) if len(actions) else 0)
 
-    advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
-    advantages[actions] = advantage.to(values.dtype)
-    returns[actions] = (advantage + value).to(values.dtype)
-    return advantages, returns
+        advantages, returns = torch.zeros_like(values), torch.zeros_like(values)
+        advantages[actions] = advantage.to(values.dtype)
+        returns[actions] = (advantage + value).to(values.dtype)
+        return advantages, returns
 
 
-@torch.no_grad()
 def normalized(
     advantages: list[torch.Tensor],
     loss_masks: list[torch.Tensor],
@@ -93,11 +92,11 @@ def normalized(
 
     Source: arXiv:2006.05990 (choice C67); AReaL, arXiv:2505.24298.
     """
-    pairs = list(zip(advantages, loss_masks, strict=True))
+    pairs = [(each.detach(), mask) for each, mask in zip(advantages, loss_masks, strict=True)]
     sampled = torch.cat([advantage[mask] for advantage, mask in pairs] or [torch.empty(0)])
     mean, std = mean_and_std(sampled, torch.ones_like(sampled), sum_over_ranks=sum_over_ranks)
     if std == 0:
-        return [torch.zeros_like(advantage) for advantage in advantages]
+        return [torch.zeros_like(advantage) for advantage, _ in pairs]
     return [
         torch.where(mask, (advantage - mean) / (std + STD_EPS), 0.0) for advantage, mask in pairs
     ]
@@ -125,7 +124,7 @@ def _suffix_sums(values: torch.Tensor, decay: torch.Tensor, longest: int) -> tor
     """sums[k] = values[k] + decay[k] sums[k + 1], by doubling the number of summands.
 
     After each round sums[k] covers `reach` summands and factors[k] is the product of their decays.
-    A decay of 0 ends a trajectory, so that none needs more than `longest` summands.
+    A decay of 0 ends a trajectory, the last one too, so that none needs more than `longest`.
     """
     sums, factors, reach = values.clone(), decay.clone(), 1
     while reach < longest:
@@ -133,7 +132,6 @@ def _suffix_sums(values: torch.Tensor, decay: torch.Tensor, longest: int) -> tor
         is_over = factors[:-reach] == 0
         sums[:-reach] += (factors[:-reach] * sums[reach:]).masked_fill(is_over, 0.0)
         factors[:-reach] *= factors[reach:].clone()
-        factors[-reach:] = 0.0
         reach *= 2
     return sums
 

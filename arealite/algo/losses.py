@@ -266,7 +266,7 @@ def sum_of_sequence(
     What was not sampled may be anything, also nan.
     """
     lengths = cu_seqlens.diff().long()
-    sequence = torch.arange(len(lengths), device=values.device).repeat_interleave(lengths)
+    sequence = torch.repeat_interleave(lengths)  # [T] which one each token is of
     masked = torch.where(loss_mask, values, 0.0)
     return values.new_zeros(len(lengths)).index_add(0, sequence, masked)[sequence]
 
@@ -274,7 +274,7 @@ def sum_of_sequence(
 def _masked_exp(log_ratio: torch.Tensor, loss_mask: torch.Tensor) -> torch.Tensor:
     # Mask before exp: where() hides an overflow in the value but not in its gradient.
     masked = torch.where(loss_mask, log_ratio, 0.0)
-    return masked.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()
+    return masked.clamp(max=MAX_LOG_RATIO).exp()
 
 
 def _require_attached(name: str, values: torch.Tensor, like: torch.Tensor) -> None:

@@ -1,5 +1,7 @@
 """What a critic learns, and how well it knows what it shall predict."""
 
+import math
+
 import torch
 
 
@@ -46,6 +48,6 @@ def explained_variance(
     """
     sampled = returns[loss_mask].double()
     if not len(sampled) or sampled.min() == sampled.max():
-        return float("nan")
+        return math.nan
     left = (sampled - values[loss_mask].double()).var(correction=0)
     return float(1 - left / sampled.var(correction=0))

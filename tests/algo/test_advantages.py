@@ -287,3 +287,42 @@ def test_where_only_rounding_differs_the_deviation_is_exactly_zero(dtype: torch.
     assert mean_and_std(values, torch.ones(3), sum_over_ranks=alone)[1] == 0.0
     apart = torch.tensor([0.1, 0.1001], dtype=dtype)
     assert mean_and_std(apart, torch.ones(2), sum_over_ranks=alone)[1] > 0.0
+
+
+def test_a_reward_stands_before_all_that_was_not_sampled_at_the_end():
+    told = replace(
+        steps_of(1), reward=0.5, token_ids=[0] * 4, loss_mask=[False, True, False, False]
+    )
+    assert token_rewards([[told]]) == [[[0.0, 0.5, 0.0, 0.0]]]
+
+
+def test_one_without_a_number_is_a_conversation_of_its_own_beside_those_with_one():
+    alone = replace(trajectory(1.0), sample=-1)
+    parts = [replace(trajectory(0.0), sample=0) for _ in range(2)]
+    # Two conversations, of rewards 1 and 0.
+    assert group_advantages([[alone, *parts]]) == [[0.5, -0.5, -0.5]]
+
+
+def test_a_batch_that_was_centered_before_is_only_divided_by_its_deviation():
+    batch = [group(3, 1)]
+    [found] = batch_normalized(
+        reward_advantages(batch), batch, over="tokens", sum_over_ranks=alone, is_centered=False
+    )
+    assert found == pytest.approx([3 / 2**0.5, 1 / 2**0.5], abs=1e-5)
+
+
+@pytest.mark.parametrize("is_centered", [True, False])
+@pytest.mark.parametrize(("rewards", "expected"), [([], [[]]), ([3.0], [[0.0]])])
+def test_a_batch_of_one_or_none_has_no_advantage(
+    is_centered: bool, rewards: list[float], expected: list[list[float]]
+):
+    batch = [group(*rewards)]
+    found = batch_normalized(
+        [rewards], batch, over="trajectories", sum_over_ranks=alone, is_centered=is_centered
+    )
+    assert found == expected
+
+
+def test_no_trajectory_is_normalized_without_an_advantage():
+    with pytest.raises(ValueError, match="zip"):
+        batch_normalized([[1.0]], [group(1, 0)], over="tokens", sum_over_ranks=alone)

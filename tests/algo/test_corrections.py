@@ -156,3 +156,83 @@ def test_what_a_k3_is_taken_over_is_named():
         k3_dropped(PROXIMAL, BEHAVIOR, MASK, torch.tensor([0, 5]), over="batch")  # type: ignore[arg-type]
     with pytest.raises(ConfigError, match="limit=0 must be above 0"):
         k3_dropped(PROXIMAL, BEHAVIOR, MASK, torch.tensor([0, 5]), limit=0)
+
+
+def test_a_ratio_at_a_limit_is_still_within_it():
+    same, mask, ends = torch.zeros(2), torch.ones(2).bool(), torch.tensor([0, 2])  # of ratio 1
+    assert not truncated_weight(same, same, mask, cap=1.0)[1].any()
+    for low, high in ((1.0, 2.0), (0.5, 1.0)):
+        assert not banded_weight(same, same, mask, low=low, high=high)[1].any()
+        for is_geometric in (True, False):
+            assert not sequence_dropped(
+                same, same, mask, ends, low=low, high=high, is_geometric=is_geometric
+            ).any()
+
+
+def test_what_is_not_said_is_as_in_the_papers():
+    mask = torch.ones(2).bool()
+    proximal, behavior = torch.tensor([2.3, 5.5]).log(), torch.zeros(2)
+    assert truncated_weight(proximal, behavior, mask)[0].tolist() == [2.0, 2.0]
+    assert banded_weight(proximal, behavior, mask)[1].tolist() == [False, True]  # high is 5
+    assert banded_weight(-proximal, behavior, mask)[1].tolist() == [True, True]  # low is .5
+    gaps = torch.tensor([0.1, 0.3])  # squares .01 and .09, whose mean is .05
+    assert second_moment_dropped([gaps], [behavior], [mask])[0].tolist() == [False, True]
+
+
+# Of two sequences, with ratios of e^.5 and e^-.5, and of e^.002 and 1.
+BOTH_MOVED = torch.tensor([-1.0, -2.5, -0.498, -3.0], dtype=torch.float64)
+BOTH_BEHAVIOR = torch.tensor([-1.5, -2.0, -0.5, -3.0], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("is_geometric", "band", "dropped"),
+    [
+        (True, (0.9995, 1.0015), [False, False]),  # 1 and e^.001
+        (True, (0.9995, 1.0005), [False, True]),
+        (False, (0.9995, 1.0015), [False, True]),  # 1 and e^.002
+        (False, (1.0005, 1.0025), [True, False]),
+    ],
+)
+def test_the_ratio_of_a_sequence_is_of_proximal_to_behavior(
+    is_geometric: bool, band: tuple[float, float], dropped: list[bool]
+):
+    found = sequence_dropped(
+        BOTH_MOVED,
+        BOTH_BEHAVIOR,
+        torch.ones(4).bool(),
+        torch.tensor([0, 2, 4]),
+        low=band[0],
+        high=band[1],
+        is_geometric=is_geometric,
+    )
+    assert found.tolist() == [dropped[0]] * 2 + [dropped[1]] * 2
+
+
+def test_a_band_of_sequences_that_holds_nothing_is_refused():
+    with pytest.raises(ConfigError, match=r"^high=1 must be above 2"):
+        sequence_dropped(
+            PROXIMAL, BEHAVIOR, MASK, torch.tensor([0, 5]), low=2, high=1, is_geometric=True
+        )
+
+
+def test_the_second_moment_is_of_the_gap_and_stays_below_its_limit():
+    proximal, behavior = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.25, -2.5, -3.25])
+    mask = torch.ones(3).bool()
+    # Squares of 1/16, 1/4 and 1/16: the mean of all is 1/8, which is not below 1/8.
+    [dropped] = second_moment_dropped([proximal], [behavior], [mask], limit=1 / 8)
+    assert dropped.tolist() == [False, True, False]
+    assert second_moment_dropped([], [], []) == []
+
+
+def test_no_micro_batch_is_lost_where_one_list_is_shorter():
+    one, mask = torch.zeros(1), torch.ones(1).bool()
+    for short in ([one], [one, one], [mask]), ([one, one], [one, one], [mask]):
+        with pytest.raises(ValueError, match="zip"):
+            second_moment_dropped(*short)
+
+
+def test_an_interpolated_proximal_is_as_exact_as_the_log_probs():
+    current, behavior = torch.tensor([[-1.0], [-4.0]], dtype=torch.float64)
+    found = interpolated_proximal(current, behavior, torch.tensor([0]), MASK[:1], 3)
+    assert found.item() == pytest.approx(-2.0, abs=1e-15)  # alpha 2/3
+    assert found.dtype == torch.float64

@@ -173,6 +173,7 @@ def test_advantages_have_the_dtype_of_the_values_and_no_gradient():
         ({"rewards": torch.zeros(3)}, r"rewards has shape \[3\] for 4 tokens"),
         ({"values": torch.zeros(4, 1)}, r"values has shape \[4, 1\]"),
         ({"loss_mask": torch.ones(4)}, "not torch.bool"),
+        ({"loss_mask": torch.ones(4, 1).bool()}, r"^loss_mask has shape \[4, 1\] for 4 tokens"),
         ({"cu_seqlens": torch.tensor([0, 3])}, r"cu_seqlens \[0, 3\]"),
         ({"cu_seqlens": torch.tensor([1, 4])}, "does not rise from 0"),
         ({"cu_seqlens": torch.tensor([0, 3, 2, 4])}, "does not rise"),
@@ -225,3 +226,22 @@ def test_lambda_zero_is_the_error_of_one_step_and_lambda_one_the_return_less_the
     to_the_end, returns = gae(*tensors, gamma=0.5, gae_lambda=1.0)
     assert returns.tolist() == [1 + 1 + 1, 2 + 2, 4.0]
     assert to_the_end.tolist() == [3 - 0.5, 4 - 0.25, 4 - 3.0]
+
+
+def test_ranks_normalize_over_all_that_they_sampled_together():
+    mine, mask = torch.tensor([1.0, 2.0], requires_grad=True), torch.ones(2).bool()
+    # The other rank has 6 and 7: together a sum of 16 over 4, and squares of 9 + 4 and 4 + 9.
+    others = iter([[13.0, 2.0], [13.0]])
+    [found] = normalized(
+        [mine],
+        [mask],
+        sum_over_ranks=lambda own: [a + b for a, b in zip(own, next(others), strict=True)],
+    )
+    std = (26 / 3) ** 0.5
+    assert found.tolist() == pytest.approx([-3 / std, -2 / std], abs=1e-5)
+    assert not found.requires_grad
+
+
+def test_no_micro_batch_is_normalized_without_its_mask():
+    with pytest.raises(ValueError, match="zip"):
+        normalized([torch.ones(2)] * 2, [torch.ones(2).bool()], sum_over_ranks=list)

@@ -108,7 +108,7 @@ def test_masked_tokens_have_no_gradient_are_never_clipped_and_never_dropped():
 def test_log_probs_that_were_not_attached_are_named_with_the_remedy():
     with pytest.raises(ConfigError, match=r"proximal_logprobs has 0 values for 4.*attach"):
         clipped_surrogate(CURRENT, torch.empty(0), ADVANTAGES, ALL, 0.2, 0.2)
-    with pytest.raises(ConfigError, match="proximal_logprobs"):
+    with pytest.raises(ConfigError, match=r"^proximal_logprobs has 0 values for 4"):
         importance_weight(torch.empty(0), BEHAVIOR, ALL, cap=5.0)
 
 
@@ -143,3 +143,12 @@ def test_what_can_not_be_drawn_has_no_entropy_and_no_gradient():
     [gradient] = torch.autograd.grad(found.sum(), logits)
     assert found.tolist() == pytest.approx([math.log(2)])
     assert gradient.tolist() == [[0.0, 0.0, 0.0]]
+
+
+def test_a_weight_at_the_cap_is_kept_and_the_cap_may_be_below_one():
+    weight, dropped = importance_weight(BEHAVIOR, BEHAVIOR, ALL, cap=1.0)
+    assert weight.tolist() == [1.0] * 4
+    assert not dropped.any()
+    weight, dropped = importance_weight(PROXIMAL, BEHAVIOR, ALL, cap=0.95)
+    assert weight.tolist() == pytest.approx([math.exp(-0.1), 0.0, 0.0, 0.0])
+    assert dropped.tolist() == [False, True, True, True]

@@ -96,3 +96,10 @@ def test_a_conversation_is_as_long_as_its_parts_together():
 def test_a_length_reward_with_a_negative_weight_is_refused(weight: float):
     with pytest.raises(ConfigError, match="length reward must be 0 or more"):
         length_reward([], weight=weight)
+
+
+def test_the_tolerance_may_be_one_token_or_all_the_budget():
+    assert [
+        overlong_penalty([[response(50)]], max_tokens=100, tolerance=tolerance)[0][0].reward
+        for tolerance in (1, 100)
+    ] == [1.0, 0.5]

@@ -211,3 +211,46 @@ def test_what_is_masked_has_no_gradient_whatever_it_is(name: str):
 def test_bad_settings_say_what_they_must_be(call: Callable[[torch.Tensor], Any], problem: str):
     with pytest.raises(ConfigError, match=problem):
         call(torch.ones(2))
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_each_objective_says_what_was_not_attached(name: str):
+    none, three = torch.empty(0), torch.zeros(3)
+    with pytest.raises(ConfigError, match=r"^proximal_logprobs has 0 values for 3 tokens.*attach"):
+        OBJECTIVES[name](three, none, three, three == 0, torch.tensor([0, 3]))
+
+
+def test_cispo_is_a_weighted_log_prob_and_nothing_where_nothing_was_sampled():
+    tokens = packed([[(-1.0, -2.0, 3.0, True), (-0.5, -0.5, -2.0, True), (-1.0, -1.0, 1.0, False)]])
+    # e^1 is clipped to 1.2; the second has ratio 1.
+    surrogate, _ = cispo_surrogate(*tokens, 0.5, 0.2)
+    assert surrogate.tolist() == pytest.approx([1.2 * 3.0 * -1.0, -2.0 * -0.5, 0.0])
+
+
+def test_at_its_bound_a_dual_clip_and_dppo_stop_nothing_yet():
+    surrogate = torch.tensor([-3.0], requires_grad=True)
+    bounded, is_cut = dual_clipped(surrogate, torch.tensor([-1.0]), cap=3.0)
+    assert not is_cut.any()
+    assert gradient_of(bounded.sum(), surrogate) == [1.0]
+    # From impossible to certain: moved by exactly 1.
+    assert tv_surrogate(*packed([[(0.0, -1e4, 1.0, True)]]), limit=1.0)[1].tolist() == [False]
+
+
+def test_dppo_allows_a_fifth_where_nothing_is_said():
+    before, nearer, farther = (math.log(chance) for chance in (0.5, 0.69, 0.71))
+    tokens = packed([[(nearer, before, 1.0, True), (farther, before, 1.0, True)]])
+    assert tv_surrogate(*tokens)[1].tolist() == [False, True]
+
+
+def test_the_gates_of_sapo_close_as_they_are_set():
+    tokens = packed([[(-0.5, -1.0, 2.0, True), (-0.5, -1.0, -2.0, True)]])
+    ratio = math.exp(0.5)
+    surrogate = sapo_surrogate(*tokens, tau_positive=0.5, tau_negative=0.25)
+    assert surrogate.tolist() == pytest.approx(
+        [
+            8 / (1 + math.exp(-0.5 * (ratio - 1))) * 2,
+            16 / (1 + math.exp(-0.25 * (ratio - 1))) * -2,
+        ]
+    )
+    with pytest.raises(ConfigError, match="both must be above 0"):
+        sapo_surrogate(*tokens, tau_positive=0.0)

@@ -50,3 +50,13 @@ def test_explained_variance_by_hand(values: list[float], expected: float):
 def test_equal_returns_have_nothing_to_explain():
     assert math.isnan(explained_variance(torch.zeros(4), torch.ones(4), MASK))
     assert math.isnan(explained_variance(torch.zeros(4), torch.ones(4), ~MASK[:1].expand(4)))
+
+
+def test_a_critic_that_fell_too_far_in_one_step_has_no_gradient_either():
+    values = torch.tensor([-1.0], requires_grad=True)
+    loss, stopped = value_loss(values, torch.tensor([1.0]), torch.tensor([-3.0]), MASK[:1])
+    # From 1 it may fall to .5 where nothing is said, which is 3.5 from the return.
+    assert loss.tolist() == [3.5**2 / 2]
+    assert stopped.tolist() == [True]
+    [gradient] = torch.autograd.grad(loss.sum(), values)
+    assert gradient.tolist() == [0.0]
