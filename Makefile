@@ -16,7 +16,7 @@ DEMO = $(BIN)/torchrun recipes/gsm8k_grpo.py out_dir=runs/demo
 export TOKENIZERS_PARALLELISM ?= false
 
 # A test that asks for something on the Hub shall fail at once instead of waiting for a network.
-test soak: export HF_HUB_OFFLINE ?= 1
+test soak mutants: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test soak gpu-check mutants lint format clean
@@ -26,7 +26,8 @@ help:
 	@echo "make test     lint, layers, types and tests, as CI runs them, ARGS=\"pytest arguments\""
 	@echo "make soak     the tests that kill real servers or run for minutes"
 	@echo "make gpu-check every path that only runs on a GPU: pass, fail or not run"
-	@echo "make mutants  change the state machine of rollouts in every small way: do its tests notice?"
+	@echo "make mutants  change arealite/algo in every small way: do its tests notice? Five minutes;"
+	@echo "              ARGS=admission: the same of the state machine of rollouts"
 	@echo "make lint     all of make test but the tests"
 	@echo "make format   put code and notebooks into the project's format"
 	@echo "make setup    only make .venv, or bring it up to date"
@@ -65,8 +66,7 @@ gpu-check: setup
 	$(BIN)/python -m tests.gpu.check
 
 mutants: setup
-	$(call stage,mutants,$(BIN)/mutmut run --max-children 1)
-	@$(BIN)/mutmut results
+	$(BIN)/python .ci/mutants.py $(ARGS)
 
 format: setup
 	$(BIN)/ruff check --fix
