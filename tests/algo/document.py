@@ -6,6 +6,8 @@ python -m tests.algo.document
 
 import ast
 import inspect
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,9 +108,17 @@ def _reached(start: str, uses: dict[str, set[str]]) -> set[str]:
 
 
 def page() -> str:
-    return "\n".join(
-        [HEAD, _overview(), *map(_lines_of, _in_lines()), "## Functions\n", _functions()]
+    return _formatted(
+        "\n".join([HEAD, _overview(), *map(_lines_of, _in_lines()), "## Functions\n", _functions()])
     )
+
+
+def _formatted(text: str) -> str:
+    """With its code as ruff has it, which also checks the page."""
+    command = [sys.executable, "-m", "ruff", "format", "--stdin-filename", str(PAGE), "-"]
+    run = subprocess.run(command, input=text, cwd=REPOSITORY, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    return run.stdout
 
 
 def _overview() -> str:
