@@ -18,7 +18,7 @@ from arealite import dist
 from arealite.gpu_plan import plan_gpus
 
 _LABEL_WIDTH = 33
-_VALUE_WIDTH = 12
+_VALUE_WIDTH = 15
 _WIDTH = 100
 
 # Numbers that training keeps per token, layer and hidden unit, without attention scores; the input

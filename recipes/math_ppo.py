@@ -41,9 +41,9 @@ class Config(gsm8k_grpo.Config):
     """Every knob of this experiment: those of gsm8k_grpo.py, and the rewards."""
 
     right_reward: float = 5.0
-    """Of a right answer."""
+    """Reward of a right answer."""
     wrong_reward: float = -5.0
-    """Of a wrong one."""
+    """Reward of a wrong one."""
     minibatches: int = 4
     """Optimizer steps per training step; the clip only acts from the second one on."""
     clip_high: float = 0.2

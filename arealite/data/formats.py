@@ -316,6 +316,15 @@ FORMATS = (
         reward="`math_reward`",
     ),
     RowFormat(
+        name="AReaL-boba-SFT-200",
+        keys=("prompt", "answer"),
+        question_from="`prompt`, without special tokens",
+        answer_from="`answer`",
+        question=_without_special_tokens,
+        answer=lambda row: row["answer"],
+        reward="none; `sft.py` imitates it",
+    ),
+    RowFormat(
         name="DAPO",
         keys=("prompt", "reward_model"),
         question_from="`prompt`",

@@ -90,14 +90,14 @@ class ServerConfig:
     request_timeout_s: float = 3600.0
     """Limit of one generation in seconds, waiting in the server's queue included."""
     patience_s: float = 60.0
-    """A request that takes longer than this, and 10 times what nine in ten of the latest 256 took,
-    is asked again, of another server where there is one, with twice the time each time."""
+    """A request that takes more seconds than this, and 10 times what nine in ten of the latest 256
+    took, is asked again, of another server where there is one, with twice the time each time."""
     hang_timeout_s: float = 15.0
     """Silence of a server's engine in seconds after which it is given up, and started again."""
     progress_timeout_s: float = 60.0
-    """The same for a server that has requests and answers, but samples no token."""
+    """The same, in seconds, for a server that has requests and answers, but samples no token."""
     max_reply_bytes: int = 2**28
-    """A longer reply of a server is refused."""
+    """Bytes of a reply of a server beyond which it is refused."""
     token_file: str = ""
     """File with the token that servers ask for, readable by its owner only; empty: the environment
     variable AREALITE_TOKEN, which may be unset for servers of this host."""

@@ -3,7 +3,8 @@
 Schemas: GSM8K, github.com/openai/grade-school-math; MATH, github.com/hendrycks/math; MATH-500,
 huggingface.co/datasets/HuggingFaceH4/MATH-500; DeepScaleR, its Preview-Dataset of agentica-org;
 Open-Reasoner-Zero, data/orz_math_57k_collected.json; DAPO, BytedTsinghua-SIA/DAPO-Math-17k, and as
-open-r1 has processed it; AReaL, check_math_metadata_entries in math_code_dataset.py of v0.3;
+open-r1 has processed it; AReaL, check_math_metadata_entries in math_code_dataset.py of v0.3, and
+PromptAnswerDataset in prompt_answer_dataset.py of v0.2;
 ZebraLogic, WildEval/ZebraLogic; DeepCoder, its Preview-Dataset of agentica-org.
 """
 
@@ -45,6 +46,7 @@ BOBA_ROW = {
     "query_id": "pens-1",
     "solutions": [r"\boxed{12}"],
 }
+SFT_ANSWER = "<think>\n4 times 3 is 12.\n</think>\n\n" + SOLUTION
 PUZZLE = (
     "Two houses stand side by side. Ada and Bo live there; Bo is left. Ada drinks tea, Bo milk."
 )
@@ -181,6 +183,15 @@ PUBLISHED = {
         question=BOBA_QUESTION,
         answer=[r"\boxed{12}", r"\boxed{12\text{ coins}}", r"\boxed{a}"],
         right=r"\boxed{a}",
+    ),
+    "AReaL-boba-SFT-200": Published(
+        row={
+            "id": "pens-1",
+            "prompt": BOBA_ROW["prompt"].removesuffix("<think>\n"),
+            "answer": SFT_ANSWER,
+        },
+        question=BOBA_QUESTION,
+        answer=SFT_ANSWER,
     ),
     "ZebraLogic, grid_mode": Published(
         row=GRID_ROW,
