@@ -90,12 +90,12 @@ def estimate(
     minibatches: list[list[MicroBatch]], critic: FSDPEngine, cfg: Config
 ) -> list[list[MicroBatch]]:
     """The same with advantages, old values and returns; their `advantages` were token rewards."""
-    discounts = {"gamma": cfg.gamma, "gae_lambda": cfg.gae_lambda}
+    discounted = partial(gae, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
     found: list[list[MicroBatch]] = []
     for minibatch in minibatches:
         values = critic.values(minibatch)
         pairs = [
-            gae(rewards_of(mb, cfg), value, mb.loss_mask, mb.cu_seqlens, **discounts)
+            discounted(rewards_of(mb, cfg), value, mb.loss_mask, mb.cu_seqlens)
             for mb, value in zip(minibatch, values, strict=True)
         ]
         advantages, returns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]

@@ -6,6 +6,8 @@ left out of a loss stays in its denominator. T packed tokens, N sequences.
 """
 
 import math
+from collections.abc import Callable
+from itertools import chain
 from typing import Literal
 
 import torch
@@ -17,6 +19,9 @@ from arealite.algo.losses import (
     sum_of_sequence,
 )
 from arealite.errors import ConfigError
+
+GatherOverRanks = Callable[[list[torch.Tensor]], list[list[torch.Tensor]]]
+"""The lists of all ranks, on each of them: `arealite.dist.gather`."""
 
 
 def truncated_weight(
@@ -130,34 +135,35 @@ def second_moment_dropped(
     loss_masks: list[torch.Tensor],
     *,
     limit: float = 0.04,
+    gather_over_ranks: GatherOverRanks,
 ) -> list[torch.Tensor]:
     """Which tokens to leave out so that the mean of (behavior - proximal)^2 is below `limit`.
 
         mean over what stays of log(behavior / proximal)^2 < limit
 
     The largest leave first, and as few as can be. All micro-batches of a minibatch are looked at
-    together: cut in another way, the same tokens are dropped.
+    together, those of all ranks too: cut in another way, the same tokens are dropped. A collective.
 
     Args:
-        proximal_logprobs, behavior_logprobs, loss_masks: [T] of each micro-batch.
+        proximal_logprobs, behavior_logprobs, loss_masks: [T] of each micro-batch of this rank.
+        gather_over_ranks: `dist.gather`.
 
     Source: M2PO, arXiv:2510.01161.
     """
     _check_above("limit", limit, 0)
-    if not loss_masks:
-        return []
     squares = [
         (behavior - proximal).double() ** 2
         for proximal, behavior in zip(proximal_logprobs, behavior_logprobs, strict=True)
     ]
-    sampled = [square[mask] for square, mask in zip(squares, loss_masks, strict=True)]
-    ordered = torch.cat(sampled).sort().values
+    sampled = [square[mask].cpu() for square, mask in zip(squares, loss_masks, strict=True)]
+    everywhere = chain.from_iterable(gather_over_ranks(sampled))
+    ordered = torch.cat([torch.empty(0), *everywhere]).sort().values
     means = ordered.cumsum(0) / torch.ones_like(ordered).cumsum(0)
     num_kept = int((means < limit).sum())  # the means rise with what is added
     if num_kept == len(ordered):
         return [torch.zeros_like(mask) for mask in loss_masks]
     return [
-        mask & (square >= ordered[num_kept])
+        mask & (square >= ordered[num_kept].to(square.device))
         for square, mask in zip(squares, loss_masks, strict=True)
     ]
 

@@ -114,6 +114,7 @@ surrogate = surrogate - 0.04 * kl""",
         advantage="less the mean of the others",
         ratio="token, .2",
         aggregation="sequence",
+        kl="k1 in the reward: its sum over an answer, times a weight, off the reward",
         advantages="leave_one_out_advantages(groups)",
         loss=clip(0.2, 0.2),
         trace="rloo",
@@ -179,9 +180,13 @@ surrogate = surrogate - 0.01 * kl""",
         advantage=MEAN_STD,
         ratio="dropped beyond a total variation of .2",
         aggregation="token",
+        kl="a small k2 in the loss",
         advantages=BY_STD,
-        loss="surrogate, dropped = tv_surrogate(\n"
-        "    logprobs, mb.proximal_logprobs, mb.advantages, mb.loss_mask\n)",
+        loss="""surrogate, dropped = tv_surrogate(
+    logprobs, mb.proximal_logprobs, mb.advantages, mb.loss_mask
+)
+kl = kl_estimate(logprobs, mb.ref_logprobs, mb.loss_mask, "k2")
+surrogate = surrogate - 0.001 * kl""",
         trace="dppo",
     ),
     Whole(
@@ -267,7 +272,9 @@ surrogate = surrogate * weight""",
         aggregation="token",
         advantages=BY_STD,
         step="""fields = [(mb.proximal_logprobs, mb.behavior_logprobs, mb.loss_mask) for mb in mbs]
-dropped = second_moment_dropped(*map(list, zip(*fields, strict=True)))
+dropped = second_moment_dropped(
+    *map(list, zip(*fields, strict=True)), gather_over_ranks=dist.gather
+)
 pairs = zip(mbs, dropped, strict=True)
 mbs = attach(mbs, advantages=[mb.advantages.masked_fill(drop, 0.0) for mb, drop in pairs])""",
         loss="""surrogate, _ = clipped_surrogate(
@@ -278,5 +285,14 @@ weight, _ = importance_weight(
 )
 surrogate = surrogate * weight""",
         trace="m2po",
+    ),
+    Whole(
+        name="DPO",
+        advantage="none: pairs of a chosen and a rejected answer",
+        ratio="margin of the policy less that of the reference, beta .1",
+        aggregation="sequence",
+        kl="within",
+        recipe="dpo.py",
+        trace="dpo",
     ),
 ]

@@ -31,6 +31,10 @@ an engine. Some are recipes; each of the others is a few other lines in a copy o
 | `group_advantages(groups)`: one per trajectory or one per token | `algo.advantages` |
 | `grpo_loss`: objective, weights, KL | `algo.losses`, `algo.corrections`, `algo.kl` |
 
+The lines of a loss replace its first two statements, so that what it adds up is
+`-(mb.loss_weight * surrogate).sum()`; where they name a `version`, give the loss that of the step:
+`partial(grpo_loss, cfg=cfg, version=version)`.
+
 A constant `aggregation` also takes `max_length=cfg.sampling.max_new_tokens`; a KL takes reference
 log-probs, attached as in [`dpo.py`](../recipes/dpo.py). The column *trace* names the case of
 [`test_traces.py`](../tests/algo/test_traces.py) in which three steps of the algorithm equal numpy

@@ -48,6 +48,11 @@ def test_sequences_leave_whole_by_the_product_or_the_geometric_mean_of_their_rat
 GAPS = st.lists(st.tuples(st.floats(-2, 2), st.booleans()), max_size=12)
 
 
+def alone(item: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """What a run of one rank gathers."""
+    return [item]
+
+
 def by_trying(squares: list[float], limit: float) -> int:
     """How many of the smallest may stay so that their mean is below the limit."""
     ordered = sorted(squares)
@@ -65,7 +70,7 @@ def test_the_second_moment_of_what_stays_is_below_the_limit(
     gaps = [torch.tensor([gap for gap, _ in batch], dtype=torch.float64) for batch in batches]
     masks = [torch.tensor([is_sampled for _, is_sampled in batch]) for batch in batches]
     zeros = [torch.zeros_like(gap) for gap in gaps]
-    dropped = second_moment_dropped(gaps, zeros, masks, limit=limit)
+    dropped = second_moment_dropped(gaps, zeros, masks, limit=limit, gather_over_ranks=alone)
     squares = [gap**2 for batch in batches for gap, is_sampled in batch if is_sampled]
     kept = [
         float(gap[at] ** 2)
@@ -78,6 +83,23 @@ def test_the_second_moment_of_what_stays_is_below_the_limit(
     assert len(kept) == count or sorted(squares)[count - 1] == sorted(squares)[count]
     assert kept == [] or sum(kept) / len(kept) < limit
     assert not any((drop & ~mask).any() for drop, mask in zip(dropped, masks, strict=True))
+
+
+def test_the_same_tokens_leave_on_one_rank_and_on_two():
+    gaps = [torch.tensor([0.1, 0.5, 0.3]), torch.tensor([0.6, 0.05])]
+    zeros, masks = (
+        [gap * 0 for gap in gaps],
+        [torch.ones(len(gap), dtype=torch.bool) for gap in gaps],
+    )
+    whole = second_moment_dropped(gaps, zeros, masks, gather_over_ranks=alone)
+    squares = [[gap.double() ** 2] for gap in gaps]
+    for rank in range(2):
+        [found] = second_moment_dropped(
+            [gaps[rank]], [zeros[rank]], [masks[rank]], gather_over_ranks=lambda _: squares
+        )
+        assert torch.equal(found, whole[rank])
+    # (.01 + .09 + .0025) / 3 = .034; with .25 it would be .088.
+    assert [drop.tolist() for drop in whole] == [[False, True, False], [True, False]]
 
 
 @pytest.mark.parametrize(
@@ -101,7 +123,10 @@ def test_an_interpolated_proximal_is_nearer_to_current_the_older_a_token_is(
     [
         (lambda: truncated_weight(PROXIMAL, BEHAVIOR, MASK, cap=0.0), "cap=0.0 must be above 0"),
         (lambda: banded_weight(PROXIMAL, BEHAVIOR, MASK, low=2, high=1), "high=1 must be above 2"),
-        (lambda: second_moment_dropped([], [], [], limit=0), "limit=0 must be above 0"),
+        (
+            lambda: second_moment_dropped([], [], [], limit=0, gather_over_ranks=alone),
+            "limit=0 must be above 0",
+        ),
     ],
 )
 def test_bad_limits_say_what_they_must_be(call: Callable[[], Any], problem: str):
@@ -115,7 +140,10 @@ def test_what_is_masked_never_counts(gap: float):
     mask, ends = torch.tensor([False, True]), torch.tensor([0, 2])
     assert truncated_weight(proximal, behavior, mask)[0].tolist() == [1.0, 1.0]
     assert banded_weight(proximal, behavior, mask)[0].tolist() == [1.0, 1.0]
-    assert second_moment_dropped([proximal], [behavior], [mask])[0].tolist() == [False] * 2
+    assert (
+        second_moment_dropped([proximal], [behavior], [mask], gather_over_ranks=alone)[0].tolist()
+        == [False] * 2
+    )
     for is_geometric in (True, False):
         assert not sequence_dropped(
             proximal, behavior, mask, ends, low=0.9, high=1.1, is_geometric=is_geometric
@@ -176,7 +204,8 @@ def test_what_is_not_said_is_as_in_the_papers():
     assert banded_weight(proximal, behavior, mask)[1].tolist() == [False, True]  # high is 5
     assert banded_weight(-proximal, behavior, mask)[1].tolist() == [True, True]  # low is .5
     gaps = torch.tensor([0.1, 0.3])  # squares .01 and .09, whose mean is .05
-    assert second_moment_dropped([gaps], [behavior], [mask])[0].tolist() == [False, True]
+    [dropped] = second_moment_dropped([gaps], [behavior], [mask], gather_over_ranks=alone)
+    assert dropped.tolist() == [False, True]
 
 
 # Of two sequences, with ratios of e^.5 and e^-.5, and of e^.002 and 1.
@@ -219,16 +248,18 @@ def test_the_second_moment_is_of_the_gap_and_stays_below_its_limit():
     proximal, behavior = torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.25, -2.5, -3.25])
     mask = torch.ones(3).bool()
     # Squares of 1/16, 1/4 and 1/16: the mean of all is 1/8, which is not below 1/8.
-    [dropped] = second_moment_dropped([proximal], [behavior], [mask], limit=1 / 8)
+    [dropped] = second_moment_dropped(
+        [proximal], [behavior], [mask], limit=1 / 8, gather_over_ranks=alone
+    )
     assert dropped.tolist() == [False, True, False]
-    assert second_moment_dropped([], [], []) == []
+    assert second_moment_dropped([], [], [], gather_over_ranks=alone) == []
 
 
 def test_no_micro_batch_is_lost_where_one_list_is_shorter():
     one, mask = torch.zeros(1), torch.ones(1).bool()
     for short in ([one], [one, one], [mask]), ([one, one], [one, one], [mask]):
         with pytest.raises(ValueError, match="zip"):
-            second_moment_dropped(*short)
+            second_moment_dropped(*short, gather_over_ranks=alone)
 
 
 def test_an_interpolated_proximal_is_as_exact_as_the_log_probs():

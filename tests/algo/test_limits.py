@@ -64,7 +64,9 @@ CALLS: dict[str, Call] = {
     ),
     "k3_dropped": lambda x, y, m: k3_dropped(x, y, m, ENDS),
     "k3_dropped by tokens": lambda x, y, m: k3_dropped(x, y, m, ENDS, over="token"),
-    "second_moment_dropped": lambda x, y, m: second_moment_dropped([x], [y], [m])[0],
+    "second_moment_dropped": lambda x, y, m: second_moment_dropped(
+        [x], [y], [m], gather_over_ranks=lambda each: [each]
+    )[0],
     "interpolated_proximal": lambda x, y, m: interpolated_proximal(x, y, VERSIONS, m, 3),
     "kl_estimate by k1": lambda x, y, m: kl_estimate(x, y, m, "k1"),
     "kl_estimate by k2": lambda x, y, m: kl_estimate(x, y, m, "k2"),

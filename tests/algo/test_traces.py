@@ -31,7 +31,7 @@ from arealite.algo.corrections import (
     truncated_weight,
 )
 from arealite.algo.gae import gae, normalized
-from arealite.algo.kl import kl_estimate, kl_penalized
+from arealite.algo.kl import KLEstimator, kl_estimate, kl_penalized
 from arealite.algo.losses import (
     cispo_surrogate,
     clipped_surrogate,
@@ -39,8 +39,10 @@ from arealite.algo.losses import (
     importance_weight,
     sapo_surrogate,
     sequence_surrogate,
+    sum_of_sequence,
     tv_surrogate,
 )
+from arealite.algo.preferences import dpo_loss
 from arealite.algo.shaping import scaled_rewards
 from arealite.algo.values import value_loss
 from arealite.types import Trajectory
@@ -327,7 +329,7 @@ def train_in_numpy(start: Array, algorithm: "Algorithm", seed: int) -> "Trained"
                 each = np.where(drop, 0.0, algorithm.slope_numpy(now, response, a, version))
                 num_stopped += int(((each == 0) & response.mask & (a != 0)).sum())
                 num_sampled += int(response.mask.sum())
-                each = each - algorithm.k2_weight * (now - response.reference)
+                each = each - algorithm.kl_slope_numpy(now - response.reference)
                 slope += policy_slope(weights, response, scale * each)
                 value = response.features @ critic
                 critic_slope += (scale * value_slope(value, old, target)) @ response.features
@@ -407,7 +409,9 @@ def without(dropped: Callable[[Packed], torch.Tensor]) -> Objective:
 def m2po(now: torch.Tensor, a: torch.Tensor, mb: Packed) -> torch.Tensor:
     unclipped, _ = clipped_surrogate(now, mb.proximal, a, mb.mask, 1.0, math.inf)
     weight, _ = importance_weight(mb.proximal, mb.behavior, mb.mask, cap=math.inf)
-    [dropped] = second_moment_dropped([mb.proximal], [mb.behavior], [mb.mask], limit=0.04)
+    [dropped] = second_moment_dropped(
+        [mb.proximal], [mb.behavior], [mb.mask], gather_over_ranks=lambda each: [each]
+    )
     return (unclipped * weight).masked_fill(dropped, 0.0)
 
 
@@ -417,8 +421,12 @@ def a3po(now: torch.Tensor, a: torch.Tensor, mb: Packed) -> torch.Tensor:
     return surrogate * importance_weight(proximal, mb.behavior, mb.mask, cap=math.inf)[0]
 
 
-def with_k2(now: torch.Tensor, a: torch.Tensor, mb: Packed) -> torch.Tensor:
-    return ppo(0.2, 0.2)(now, a, mb) - KL_WEIGHT * kl_estimate(now, mb.reference, mb.mask, "k2")
+def with_kl(objective: Objective, estimator: KLEstimator) -> Objective:
+    def penalized(now: torch.Tensor, a: torch.Tensor, mb: Packed) -> torch.Tensor:
+        kl = kl_estimate(now, mb.reference, mb.mask, estimator)
+        return objective(now, a, mb) - KL_WEIGHT * kl
+
+    return penalized
 
 
 def train(start: Array, algorithm: "Algorithm", seed: int) -> "Trained":
@@ -527,7 +535,7 @@ class Algorithm:
     aggregation: str = "token"
     learning_rate: float = 1.5
     dropped_numpy: Callable[[list[Response]], list[Array]] = none_dropped
-    k2_weight: float = 0.0
+    kl_slope_numpy: Callable[[Array], Array] = np.zeros_like  # d weight * KL / d log-prob
     has_critic: bool = False
 
     def slope_numpy(self, now: Array, response: Response, a: Array, version: int) -> Array:
@@ -539,12 +547,22 @@ class Algorithm:
 GRPO = (by_trajectory(grpo), grpo_numpy)
 
 
+def k2_slope_numpy(gap: Array) -> Array:
+    return KL_WEIGHT * gap
+
+
 def k3_numpy(ratio: Array, mask: Array) -> Array:
     return np.full(len(ratio), float((ratio - 1 - np.log(ratio))[mask].mean() <= 0.02))
 
 
 ALGORITHMS: dict[str, Algorithm] = {
-    "grpo": Algorithm(*GRPO, ppo(0.2, 0.2), ppo_numpy(0.2, 0.2), "sequence"),
+    "grpo": Algorithm(
+        *GRPO,
+        with_kl(ppo(0.2, 0.2), "k3"),
+        ppo_numpy(0.2, 0.2),
+        "sequence",
+        kl_slope_numpy=lambda gap: KL_WEIGHT * (1 - np.exp(-gap)),
+    ),
     "dapo": Algorithm(*GRPO, ppo(0.2, 0.28), ppo_numpy(0.2, 0.28)),
     "dr_grpo": Algorithm(
         by_trajectory(group_advantages),
@@ -571,9 +589,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     "reinforce_plus_baseline": Algorithm(
         by_trajectory(baseline_plus),
         baseline_plus_numpy,
-        with_k2,
+        with_kl(ppo(0.2, 0.2), "k2"),
         ppo_numpy(0.2, 0.2),
-        k2_weight=KL_WEIGHT,
+        kl_slope_numpy=k2_slope_numpy,
     ),
     "areal": Algorithm(
         by_trajectory(over_tokens),
@@ -608,8 +626,9 @@ ALGORITHMS: dict[str, Algorithm] = {
     ),
     "dppo": Algorithm(
         *GRPO,
-        lambda now, a, mb: tv_surrogate(now, mb.proximal, a, mb.mask, limit=0.02)[0],
+        with_kl(lambda now, a, mb: tv_surrogate(now, mb.proximal, a, mb.mask, limit=0.02)[0], "k2"),
         dppo_numpy,
+        kl_slope_numpy=k2_slope_numpy,
     ),
     "m2po": Algorithm(
         *GRPO,
@@ -702,3 +721,59 @@ def test_no_two_algorithms_are_the_same():
     for place, name in enumerate(names):
         for other in names[place + 1 :]:
             assert np.abs(ends[name] - ends[other]).max() > 1e-4, (name, other)
+
+
+# --- DPO, which has pairs and no rewards ----------------------------------------------------------
+
+BETA = 0.5
+
+
+def pairs_of(history: History, version: int, source: np.random.Generator) -> list[list[Response]]:
+    """Of each group the first two responses; the first is the one that was preferred."""
+    return [group[:2] for group in make_batch(history, version, source)]
+
+
+def dpo_in_numpy(start: Array, seed: int) -> Array:
+    """Equation 7 of arXiv:2305.18290, and its gradient below it."""
+    source, history = np.random.default_rng(seed), made_history(start, seed)
+    for version in range(FIRST, FIRST + NUM_STEPS):
+        weights, pairs = history[version], pairs_of(history, version, source)
+        for part in (pairs[0::2], pairs[1::2]):
+            slope = np.zeros_like(weights)
+            for chosen, rejected in part:
+                margin = 0.0
+                for response, sign in ((chosen, 1), (rejected, -1)):
+                    now = logprobs_of(weights, response.features, response.tokens)
+                    margin += sign * (now - response.reference)[response.mask].sum()
+                push = BETA / (1 + np.exp(BETA * margin)) / len(part)
+                slope += push * policy_slope(weights, chosen, np.ones(len(chosen.tokens)))
+                slope -= push * policy_slope(weights, rejected, np.ones(len(rejected.tokens)))
+            weights = weights + slope
+        history[version + 1] = weights
+    return weights
+
+
+def train_by_dpo(start: Array, seed: int) -> Array:
+    source, history = np.random.default_rng(seed), made_history(start, seed)
+    current = torch.from_numpy(start).clone().requires_grad_()
+    for version in range(FIRST, FIRST + NUM_STEPS):
+        pairs = pairs_of(history, version, source)
+        for part in (pairs[0::2], pairs[1::2]):
+            mb = Packed.of(flat(part), version)
+            now, reference = (
+                sum_of_sequence(each, mb.mask, mb.ends)[mb.ends[:-1]]
+                for each in (mb.logprobs(current), mb.reference)
+            )
+            losses = dpo_loss(now[::2], now[1::2], reference[::2], reference[1::2], beta=BETA)
+            [slope] = torch.autograd.grad(losses.mean(), current)
+            current = (current - slope).detach().requires_grad_()
+        history[version + 1] = current.detach().numpy()
+    return current.detach().numpy()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_three_steps_of_dpo_are_those_of_the_paper(seed: int):
+    start = first_weights(seed)
+    expected = dpo_in_numpy(start, seed)
+    assert np.abs(expected - start).max() > 0.1
+    np.testing.assert_allclose(train_by_dpo(start, seed), expected, rtol=0, atol=1e-8)
