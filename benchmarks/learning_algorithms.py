@@ -27,7 +27,7 @@ REPOSITORY = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "learning_algorithms.json"
 RUNS = [
     *(f"{name}:{seed}" for name in ("math_ppo", "gsm8k_ppo", "gsm8k_dapo") for seed in (1, 2, 3)),
-    *("gsm8k_gspo:1", "lengthen_context:1", "sft:1", "dpo:1"),
+    *("gsm8k_gspo:1", "lengthen_context:1", "code_ppo:1", "sft:1", "dpo:1"),
 ]
 LEAST_ACCURACY, LONGEST_S, LEAST_EXPLAINED = 0.75, 360, 0.3
 LAST_STEPS = 10
