@@ -121,8 +121,7 @@ def k3_dropped(
     if over not in ("token", "sequence"):
         raise ConfigError(f"over={over!r} must be 'token' or 'sequence'.")
     with torch.no_grad():
-        gap = torch.where(loss_mask, proximal_logprobs - behavior_logprobs, 0.0)
-        gap = gap.clamp(max=MAX_LOG_RATIO)
+        gap = (proximal_logprobs - behavior_logprobs).clamp(max=MAX_LOG_RATIO)
         k3 = gap.expm1() - gap
         if over == "sequence":
             k3 = mean_of_sequence(k3, loss_mask, cu_seqlens)

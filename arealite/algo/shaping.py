@@ -70,19 +70,25 @@ def length_reward(groups: Groups, *, weight: float = 1.0, right: float = 1.0) ->
 
 
 def _length_rewarded(group: list[Trajectory], weight: float, right: float) -> list[Trajectory]:
+    lengths = _lengths(group)
+    if len(set(lengths)) <= 1:
+        return group
+    shortest, longest = min(lengths), max(lengths)
+    found = []
+    for length, trajectory in zip(lengths, group, strict=True):
+        share = 0.5 - (length - shortest) / (longest - shortest)
+        bonus = share if _raw_reward(trajectory) >= right else min(0.0, share)
+        found.append(_with_reward(trajectory, trajectory.reward + weight * bonus))
+    return found
+
+
+def _lengths(group: list[Trajectory]) -> list[int]:
+    """Of each trajectory: the sampled tokens of all parts of its conversation."""
     keys = [t.sample if t.sample >= 0 else ~index for index, t in enumerate(group)]
     lengths: Counter[int] = Counter()
     for key, trajectory in zip(keys, group, strict=True):
         lengths[key] += trajectory.response_length
-    shortest, longest = min(lengths.values(), default=0), max(lengths.values(), default=0)
-    if shortest == longest:
-        return group
-    found = []
-    for key, trajectory in zip(keys, group, strict=True):
-        share = 0.5 - (lengths[key] - shortest) / (longest - shortest)
-        bonus = share if _raw_reward(trajectory) >= right else min(0.0, share)
-        found.append(_with_reward(trajectory, trajectory.reward + weight * bonus))
-    return found
+    return [lengths[key] for key in keys]
 
 
 def _with_rewards(groups: Groups, shaped: Callable[[Trajectory], float]) -> Groups:

@@ -267,3 +267,11 @@ def test_an_interpolated_proximal_is_as_exact_as_the_log_probs():
     found = interpolated_proximal(current, behavior, torch.tensor([0]), MASK[:1], 3)
     assert found.item() == pytest.approx(-2.0, abs=1e-15)  # alpha 2/3
     assert found.dtype == torch.float64
+
+
+def test_a_k3_at_the_limit_is_still_within_it_and_the_limit_is_a_hundredth_if_not_said():
+    gone, mask, ends = torch.tensor([-100.0, 0.0]), torch.ones(2).bool(), torch.tensor([0, 1, 2])
+    # exp(-100) - 1 + 100 is 99 in any float.
+    assert not k3_dropped(gone, torch.zeros(2), mask, ends, limit=99.0).any()
+    near = torch.tensor([0.13, 0.15])  # k3 of .0088 and .0118
+    assert k3_dropped(near, torch.zeros(2), mask, ends).tolist() == [False, True]

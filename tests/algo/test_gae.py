@@ -245,3 +245,9 @@ def test_ranks_normalize_over_all_that_they_sampled_together():
 def test_no_micro_batch_is_normalized_without_its_mask():
     with pytest.raises(ValueError, match="zip"):
         normalized([torch.ones(2)] * 2, [torch.ones(2).bool()], sum_over_ranks=list)
+
+
+def test_a_rank_without_micro_batches_adds_nothing_to_what_the_others_normalize_by():
+    told: list[list[float]] = []
+    normalized([], [], sum_over_ranks=lambda own: told.append(list(own)) or list(own))
+    assert told == [[0.0, 0.0], [0.0]]

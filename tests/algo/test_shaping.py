@@ -103,3 +103,14 @@ def test_the_tolerance_may_be_one_token_or_all_the_budget():
         overlong_penalty([[response(50)]], max_tokens=100, tolerance=tolerance)[0][0].reward
         for tolerance in (1, 100)
     ] == [1.0, 0.5]
+
+
+def test_a_length_reward_of_no_weight_changes_no_reward():
+    [found] = length_reward([[response(10), response(30)]], weight=0.0)
+    assert [each.reward for each in found] == [1.0, 1.0]
+
+
+def test_one_without_a_number_is_as_long_as_itself_beside_a_conversation_in_parts():
+    alone, parts = replace(response(10), sample=-1), [replace(response(10), sample=0)] * 2
+    [found] = length_reward([[alone, *parts]])
+    assert [each.reward for each in found] == [1.5, 0.5, 0.5]
