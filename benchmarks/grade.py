@@ -9,11 +9,13 @@ transformers, and graded by comparing the number behind `####`. Ends with one li
 import json
 import math
 import sys
+from collections.abc import Collection
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from arealite.data import GSM8K_MINI, generate_problems, load_rows
+from arealite.types import Row
 
 COUNT, BATCH, MAX_NEW_TOKENS = 500, 100, 64
 
@@ -56,11 +58,16 @@ def wilson_interval(right: int, count: int) -> tuple[float, float]:
     return round(center - half, 4), round(center + half, 4)
 
 
-def grade(folder: str) -> float:
-    """Share of the problems whose greedy answer is right."""
+def unseen_problems(count: int, *, exclude: Collection[str] = ()) -> list[Row]:
+    """Problems that are neither in the data set nor in `exclude`."""
     splits = ("train", "test")
     known = {row["question"] for split in splits for row in load_rows(GSM8K_MINI, split=split)}
-    rows = generate_problems(COUNT, seed=20_000, exclude=known)
+    return generate_problems(count, seed=20_000, exclude=known.union(exclude))
+
+
+def grade(folder: str) -> float:
+    """Share of the problems whose greedy answer is right."""
+    rows = unseen_problems(COUNT)
     texts = answers(folder, [row["question"] for row in rows])
     return sum(is_right(text, row["answer"]) for text, row in zip(texts, rows, strict=True)) / COUNT
 

@@ -143,7 +143,7 @@ def main(cfg: Config) -> dict[str, float]:
     model = Qwen2ForCausalLM(tiny_config(tokenizer, max_positions=1_024))
 
     taught = lessons(
-        cfg.steps * cfg.batch_size,
+        cfg.num_steps * cfg.batch_size,
         num_better=cfg.num_worked_steps * cfg.batch_size,
         share_hasty=cfg.share_direct,
         # An offset, so that these are not the training rows of the data sets under another name.
@@ -156,7 +156,7 @@ def main(cfg: Config) -> dict[str, float]:
     write_model_folder(Path(cfg.out_dir), model.eval().bfloat16(), tokenizer)
     figures = {"loss": loss, **evaluate(cfg.out_dir, samples=cfg.eval_samples)}
     figures = {key: round(figure, 4) for key, figure in figures.items()}
-    print(json.dumps({"steps": cfg.steps, "train_s": round(train_s), **figures}))
+    print(json.dumps({"steps": cfg.num_steps, "train_s": round(train_s), **figures}))
     return figures
 
 

@@ -1,11 +1,14 @@
-"""Supervised fine-tuning in plain torch: this file made the weights of `arealite/tiny-math`.
+"""Supervised fine-tuning in plain torch: this file made `arealite/tiny-math` and `tiny-steps`.
 
     OMP_NUM_THREADS=2 python recipes/tiny_sft.py                  # two CPU cores, minutes
+    OMP_NUM_THREADS=2 python recipes/tiny_sft.py share_direct=0 stop_after_steps=201
 
-The model learns to answer 70 % of the problems at once (`#### 34`) and to work the others out step
-by step. At once it is often wrong, step by step nearly never: so there is a strategy for
-reinforcement learning to find, and no new arithmetic. The last line is JSON with what was reached;
-expected figures: recipes/README.md#tiny-sft.
+The first, `arealite/tiny-math`, learns to answer 70 % of the problems at once (`#### 34`) and to
+work the others out step by step. At once it is often wrong, step by step nearly never: so there is
+a strategy for reinforcement learning to find, and no new arithmetic. The second,
+`arealite/tiny-steps`, works everything out, but stops so early that many steps are wrong: it leaves
+reading and arithmetic to be learned. The last line is JSON with what was reached; expected figures:
+recipes/README.md#tiny-sft.
 """
 
 import json
@@ -28,6 +31,9 @@ from arealite.data import generate_problems, load_rows
 from arealite.data.tiny_model import tiny_config, tiny_tokenizer, write_model_folder
 from arealite.types import Row
 
+TINY_STEPS_SETTINGS = ("share_direct=0", "stop_after_steps=201")
+"""What made `arealite/tiny-steps`; the defaults made `arealite/tiny-math`."""
+
 Example = TypeVar("Example")
 
 # N sequences in a batch, L tokens in the longest of them, V tokens in the vocabulary.
@@ -35,10 +41,13 @@ Example = TypeVar("Example")
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Every knob of this experiment; the defaults made the weights that arealite ships."""
+    """Every knob of this experiment; the defaults made the weights of `arealite/tiny-math`."""
 
     steps: int = 1_000
     """Optimizer steps; no problem comes twice."""
+    stop_after_steps: int = 0
+    """Stop there, while the learning rate is still high: the model has not settled, and a little
+    training still improves it fast. 0: do all steps."""
     batch_size: int = 64
     """Problems in one step."""
     num_worked_steps: int = 500
@@ -56,13 +65,18 @@ class Config:
     out_dir: str = "runs/tiny_sft"
     """Becomes the model folder; one that is there is replaced when the new one is complete."""
 
+    @property
+    def num_steps(self) -> int:
+        """Steps that are really done."""
+        return min(self.stop_after_steps or self.steps, self.steps)
+
 
 def training_rows(cfg: Config) -> list[Row]:
     """Fresh problems, most of them with the last line of their answer alone."""
     held_out = {row["question"] for row in load_rows("arealite/gsm8k-mini", split="test")}
     # An offset, so that these are not the training rows of the data set under another name.
     problems = generate_problems(
-        cfg.steps * cfg.batch_size, seed=1_000 + cfg.seed, exclude=held_out
+        cfg.num_steps * cfg.batch_size, seed=1_000 + cfg.seed, exclude=held_out
     )
     source = random.Random(cfg.seed)
     first_mixed = cfg.num_worked_steps * cfg.batch_size
@@ -113,7 +127,7 @@ def train(
     )
     losses: list[float] = []
     started = time.monotonic()
-    for step in range(cfg.steps):
+    for step in range(cfg.num_steps):
         loss = loss_of(examples[step * cfg.batch_size : (step + 1) * cfg.batch_size])
         optimizer.zero_grad()
         loss.backward()
@@ -121,7 +135,7 @@ def train(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        if step % 50 == 0 or step == cfg.steps - 1:
+        if step % 50 == 0 or step == cfg.num_steps - 1:
             print(f"step {step:5d}  loss {losses[-1]:.3f}  {time.monotonic() - started:4.0f} s")
     return sum(losses[-20:]) / len(losses[-20:])
 
@@ -181,7 +195,7 @@ def main(cfg: Config) -> dict[str, float]:
     write_model_folder(Path(cfg.out_dir), model, tokenizer)
     figures = {"loss": loss, **evaluate(model, tokenizer, test_rows, samples=cfg.eval_samples)}
     figures = {key: round(figure, 4) for key, figure in figures.items()}
-    print(json.dumps({"steps": cfg.steps, "train_s": round(train_s), **figures}))
+    print(json.dumps({"steps": cfg.num_steps, "train_s": round(train_s), **figures}))
     return figures
 
 

@@ -2,7 +2,7 @@
 
 from arealite.data.gsm8k_mini import generate_problems
 from arealite.data.mixing import Part, mixed
-from arealite.data.models import TINY_AGENT, TINY_MATH, load_tokenizer, resolve_model
+from arealite.data.models import TINY_AGENT, TINY_MATH, TINY_STEPS, load_tokenizer, resolve_model
 from arealite.data.order import RowOrder
 from arealite.data.rows import (
     GSM8K_LARGE,
@@ -19,6 +19,7 @@ __all__ = [
     "TINY_AGENT",
     "TINY_MATH",
     "TINY_PROGRAMS",
+    "TINY_STEPS",
     "Part",
     "RowOrder",
     "generate_problems",

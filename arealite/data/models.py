@@ -12,11 +12,14 @@ if TYPE_CHECKING:
 
 TINY_MATH = "arealite/tiny-math"
 """Name of the embedded model that answers word problems; it runs anywhere."""
+TINY_STEPS = "arealite/tiny-steps"
+"""Name of the embedded model that works every problem out, with many a wrong step."""
 TINY_AGENT = "arealite/tiny-agent"
 """Name of the embedded model that calls a calculator, corrects itself, and programs."""
 
 _EMBEDDED = {
     TINY_MATH: Path(__file__).parent / "tiny_math",
+    TINY_STEPS: Path(__file__).parent / "tiny_steps",
     TINY_AGENT: Path(__file__).parent / "tiny_agent",
 }
 _WEIGHT_PATTERNS = ("*.safetensors", "*.bin")

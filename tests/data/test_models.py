@@ -13,6 +13,7 @@ from arealite.data import (
     TINY_AGENT,
     TINY_MATH,
     TINY_PROGRAMS,
+    TINY_STEPS,
     load_rows,
     load_tokenizer,
     resolve_model,
@@ -33,7 +34,7 @@ def edit(path: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("name", [TINY_MATH, TINY_AGENT])
+@pytest.mark.parametrize("name", [TINY_MATH, TINY_STEPS, TINY_AGENT])
 def test_an_embedded_model_is_a_complete_folder_of_at_most_2_mb(name: str):
     files = list(Path(resolve_model(name)).iterdir())
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= {path.name for path in files}
@@ -56,7 +57,8 @@ def test_a_path_that_does_not_exist_is_not_taken_for_a_hub_id(name: str):
 
 def test_an_embedded_model_that_does_not_exist_is_answered_with_those_that_do():
     with pytest.raises(
-        DataError, match=r"'arealite/tiny-maths'.*'arealite/tiny-math', 'arealite/tiny-agent'"
+        DataError,
+        match=r"tiny-maths'.*'arealite/tiny-math', 'arealite/tiny-steps', 'arealite/tiny-agent'",
     ):
         resolve_model("arealite/tiny-maths")
 
@@ -89,6 +91,7 @@ def test_a_file_is_not_a_model(folder: Path):
     ("name", "made_by_code", "datasets"),
     [
         (TINY_MATH, tiny_tokenizer, [GSM8K_MINI]),
+        (TINY_STEPS, tiny_tokenizer, [GSM8K_MINI]),
         (TINY_AGENT, agent_tokenizer, [GSM8K_MINI, GSM8K_LARGE, TINY_PROGRAMS]),
     ],
 )

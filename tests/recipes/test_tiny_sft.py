@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,15 @@ from transformers import Qwen2ForCausalLM
 from arealite.config import parse
 from arealite.data import load_rows, load_tokenizer, resolve_model
 from arealite.data.tiny_model import tiny_config, tiny_tokenizer
-from recipes.tiny_sft import Config, evaluate, main, sft_loss, training_rows
+from recipes.tiny_sft import (
+    TINY_STEPS_SETTINGS,
+    Config,
+    evaluate,
+    main,
+    sft_loss,
+    train,
+    training_rows,
+)
 
 
 def test_loss_counts_the_answer_and_the_end_token_and_no_padding():
@@ -47,6 +56,27 @@ def test_every_answer_of_the_first_steps_is_worked_out():
     assert not all(is_worked[20 * 64 :])
 
 
+def test_stopping_early_leaves_the_weights_as_they_were_at_that_step_of_the_whole_run():
+    def seen_in(cfg: Config) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model, before_step = torch.nn.Linear(1, 1, bias=False), []
+        torch.nn.init.ones_(model.weight)
+
+        def loss_of(examples: list[float]) -> torch.Tensor:
+            before_step.append(model.weight.detach().clone())
+            return (model(torch.tensor(examples)[:, None]) - 3).square().mean()
+
+        train(model, [1.0 + 0.1 * n for n in range(40)], loss_of, cfg)  # type: ignore[arg-type]
+        return model.weight.detach(), before_step
+
+    whole = Config(steps=20, batch_size=2)
+    _, before_step = seen_in(whole)
+    stopped, before_stop = seen_in(replace(whole, stop_after_steps=7))
+    assert len(before_stop) == 7
+    assert stopped.equal(before_step[7])
+    problems = training_rows(replace(whole, stop_after_steps=7))
+    assert problems == training_rows(whole)[: 7 * 2]
+
+
 def test_a_short_run_learns_both_ways_to_answer(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = tmp_path / "model"
     settings = ["steps=100", "num_worked_steps=0", "eval_samples=1", f"out_dir={out}"]
@@ -71,9 +101,30 @@ def test_the_shipped_model_has_a_better_way_to_answer_than_its_usual_one():
     assert_leaves_a_strategy_to_learn(figures)
 
 
+def test_the_shipped_model_of_steps_works_everything_out_and_often_wrongly():
+    tokenizer = tiny_tokenizer()
+    model = Qwen2ForCausalLM.from_pretrained(
+        resolve_model("arealite/tiny-steps"), dtype=torch.bfloat16
+    )
+    torch.manual_seed(0)
+    rows = load_rows("arealite/gsm8k-mini", split="test")
+    assert_leaves_steps_to_learn(evaluate(model.eval(), tokenizer, rows, samples=1))
+
+
 @pytest.mark.soak
-def test_the_recipe_still_makes_such_a_model(tmp_path: Path):
-    assert_leaves_a_strategy_to_learn(main(Config(out_dir=str(tmp_path / "model"))))
+@pytest.mark.parametrize("settings", [(), TINY_STEPS_SETTINGS], ids=["tiny-math", "tiny-steps"])
+def test_the_recipe_still_makes_such_a_model(tmp_path: Path, settings: tuple[str, ...]):
+    figures = main(parse(Config, [*settings, f"out_dir={tmp_path}/model"]))
+    if settings:
+        assert_leaves_steps_to_learn(figures)
+    else:
+        assert_leaves_a_strategy_to_learn(figures)
+
+
+def assert_leaves_steps_to_learn(figures: dict[str, float]) -> None:
+    assert 0.40 <= figures["greedy_accuracy"] <= 0.60
+    assert 0.30 <= figures["sampled_accuracy"] <= 0.50
+    assert figures["share_worked"] >= 0.99
 
 
 def assert_leaves_a_strategy_to_learn(figures: dict[str, float]) -> None:
