@@ -19,10 +19,11 @@ export TOKENIZERS_PARALLELISM ?= false
 test soak mutants: export HF_HUB_OFFLINE ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test soak gpu-check mutants lint format clean
+.PHONY: help setup demo learn-hard test soak gpu-check mutants lint format clean
 
 help:
 	@echo "make demo     train the embedded model with the default recipe, ARGS=\"key=value ...\""
+	@echo "make learn-hard does the recipe improve wrong steps, and a coin as reward not? 20 minutes"
 	@echo "make test     lint, layers, types and tests, as CI runs them, ARGS=\"pytest arguments\""
 	@echo "make soak     the tests that kill real servers or run for minutes"
 	@echo "make gpu-check every path that only runs on a GPU: pass, fail or not run"
@@ -40,6 +41,9 @@ setup:
 demo: setup
 	@if [ -e runs/demo ]; then rm -rf runs/demo.previous; mv -v runs/demo runs/demo.previous; fi
 	$(DEMO) $(ARGS)
+
+learn-hard: setup
+	$(BIN)/python benchmarks/learn_hard.py $(ARGS)
 
 # $(call stage,headline,command): the first stage that fails ends the target.
 define stage

@@ -1,7 +1,7 @@
 """Supervised fine-tuning in plain torch: this file made `arealite/tiny-math` and `tiny-steps`.
 
     OMP_NUM_THREADS=2 python recipes/tiny_sft.py                  # two CPU cores, minutes
-    OMP_NUM_THREADS=2 python recipes/tiny_sft.py share_direct=0 stop_after_steps=201
+    OMP_NUM_THREADS=1 python recipes/tiny_sft.py share_direct=0 stop_after_steps=201
 
 The first, `arealite/tiny-math`, learns to answer 70 % of the problems at once (`#### 34`) and to
 work the others out step by step. At once it is often wrong, step by step nearly never: so there is
