@@ -1,7 +1,7 @@
 """Fixtures that several test files share."""
 
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack
 
 import pytest
@@ -32,28 +32,33 @@ def tiny_model(request: pytest.FixtureRequest, tiny_models: dict[str, str]) -> s
     return tiny_models[request.param]
 
 
-@pytest.fixture(scope="session")
-def vllm_servers(
-    request: pytest.FixtureRequest,
-    tiny_models: dict[str, str],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, RealServer]]:
+@pytest.fixture(scope="session", autouse=True)
+def starting_servers(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[RealServer]]]:
     """A real server of each tiny model that the selected tests ask for, by the model.
 
-    They start at the same time: one alone takes a minute, and keeps one core busy.
+    They start before the first test, beside the tests that need none: it takes them a minute.
     """
-    calls = [getattr(item, "callspec", None) for item in request.session.items]
+    items = [item for item in request.session.items if needs_server(item)]
+    calls = [getattr(item, "callspec", None) for item in items]
     kinds = {call.params["tiny_model"] for call in calls if call and "tiny_model" in call.params}
-    models = [tiny_models[kind] for kind in kinds]
-    folders = [tmp_path_factory.mktemp("server") for _ in models]
-    with ExitStack() as stack, ThreadPoolExecutor() as pool:
-        servers = pool.map(lambda *of: stack.enter_context(run_server(*of)), models, folders)
-        yield {server.model: server for server in servers}
+    models = request.getfixturevalue("tiny_models") if kinds else {}
+    with ExitStack() as stack, ThreadPoolExecutor(len(TINY_MODELS)) as pool:
+
+        def start(model: str) -> RealServer:
+            return stack.enter_context(run_server(model, tmp_path_factory.mktemp("server")))
+
+        yield {models[kind]: pool.submit(start, models[kind]) for kind in sorted(kinds)}
 
 
 @pytest.fixture(scope="session")
-def vllm_server(tiny_model: str, vllm_servers: dict[str, RealServer]) -> RealServer:
-    return vllm_servers[tiny_model]
+def vllm_server(tiny_model: str, starting_servers: dict[str, Future[RealServer]]) -> RealServer:
+    return starting_servers[tiny_model].result()
+
+
+def needs_server(item: pytest.Item) -> bool:
+    return "vllm_server" in getattr(item, "fixturenames", ())
 
 
 @pytest.fixture
@@ -63,8 +68,11 @@ def engine(vllm_server: RealServer) -> Iterator[VLLMEngine]:
 
 
 @pytest.fixture
-def oracle(request: pytest.FixtureRequest) -> Iterator[Oracle]:
+def oracle(
+    request: pytest.FixtureRequest, starting_servers: dict[str, Future[RealServer]]
+) -> Iterator[Oracle]:
     """Judges a test in five parts when all of it, and what its other fixtures started, is over."""
+    wait(starting_servers.values())  # whose processes are not those of the test
     is_soak = request.node.get_closest_marker("soak") is not None
     with Oracle(deadline_s=900 if is_soak else DEADLINE_S) as oracle:
         yield oracle
@@ -85,3 +93,4 @@ def judge_every_fault(request: pytest.FixtureRequest) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     config.stash[MARKED] = shown_by(items)  # before any of them is deselected
+    items.sort(key=needs_server)  # those last, so that servers have the time to start
