@@ -23,7 +23,7 @@ test soak mutants: export HF_HUB_OFFLINE ?= 1
 
 help:
 	@echo "make demo     train the embedded model with the default recipe, ARGS=\"key=value ...\""
-	@echo "make learn-hard does the recipe improve wrong steps, and a coin as reward not? 20 minutes"
+	@echo "make learn-hard does the recipe improve wrong steps, and a coin as reward not?"
 	@echo "make test     lint, layers, types and tests, as CI runs them, ARGS=\"pytest arguments\""
 	@echo "make soak     the tests that kill real servers or run for minutes"
 	@echo "make gpu-check every path that only runs on a GPU: pass, fail or not run"

@@ -1,6 +1,6 @@
 """Does the default recipe improve the steps of a model that already works everything out?
 
-    python benchmarks/learn_hard.py                       # make learn-hard: about 20 minutes
+    python benchmarks/learn_hard.py                       # make learn-hard
     python benchmarks/learn_hard.py grpo:7 random_reward:7
 
 Every run is `recipes/gsm8k_grpo.py` with other settings. It starts from `arealite/tiny-steps`,
@@ -36,7 +36,7 @@ from benchmarks.learning import changed
 from recipes import gsm8k_grpo, tiny_sft
 
 RESULTS = Path(__file__).parent / "results" / "learn_hard.json"
-RUNS = ("grpo:1", "random_reward:1", "grpo:2")
+RUNS = ("grpo:1", "random_reward:1")
 SETTINGS = (
     f"model={TINY_STEPS}",
     "steps=160",
@@ -54,7 +54,7 @@ NUM_PROBLEMS = 1_000
 MIN_GAIN = 0.10
 """What each run with the true reward has to gain in accuracy."""
 MAX_CONTROL_GAIN = 0.03
-"""What a control may gain, and still be called flat."""
+"""What a control may gain, and not have climbed."""
 
 _CALCULATION = re.compile(r"<<(\d+)([-+*])(\d+)=(\d+)>>")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -161,12 +161,12 @@ def verdict(runs: dict[str, dict[str, float]]) -> dict[str, float | bool]:
         "after": worst["accuracy_after"],
         **{name: worst[name] for name in ("gain", "low", "high")},
         **{f"control_{name}": highest[name] for name in ("gain", "low", "high")},
-        "passed": worst["gain"] >= MIN_GAIN and worst["low"] > 0 and is_flat(highest),
+        "passed": worst["gain"] >= MIN_GAIN and worst["low"] > 0 and not has_climbed(highest),
     }
 
 
-def is_flat(control: dict[str, float]) -> bool:
-    return control["gain"] <= MAX_CONTROL_GAIN
+def has_climbed(control: dict[str, float]) -> bool:
+    return control["gain"] > MAX_CONTROL_GAIN
 
 
 def table(runs: dict[str, dict[str, float]]) -> str:
