@@ -42,11 +42,13 @@ class Config:
     model: str = "arealite/tiny-math"
     """Hugging Face id or folder; `arealite/tiny-math` is the embedded model that runs anywhere."""
     dataset: str = "arealite/mini-preferences"
-    """Hugging Face id, or a folder or file of rows with `question`, `chosen` and `rejected`."""
+    """Hugging Face id, or a folder or file of rows with `question` or `prompt`, `chosen` and
+    `rejected`, each of them text or messages."""
     system_prompt: str = ""
     """First message of every conversation, such as how to mark the answer; empty: none."""
     beta: float = 0.1
-    """How much the policy is held to the reference, per nat of an answer's log-probability."""
+    """Weight of a nat by which the policy prefers an answer more than the reference does; the
+    larger, the nearer the policy stays to the reference. .1 in the paper."""
     steps: int = 30
     """Optimizer steps; times pairs_per_step and divided by the rows, these are the epochs."""
     pairs_per_step: int = 32
@@ -54,7 +56,7 @@ class Config:
     eval_every_steps: int = 10
     """Steps between evaluations on the test rows."""
     max_eval_rows: int = 200
-    """Evaluate on the first test rows, so many; 0: no evaluation, and no test rows needed."""
+    """Test rows to evaluate on, the first of them; 0: no evaluation, and no test rows needed."""
     save_every_steps: int = 20
     """Steps between checkpoints."""
     seed: int = 1

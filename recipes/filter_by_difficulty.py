@@ -33,13 +33,13 @@ class Config:
     dataset: str = "arealite/gsm8k-mini"
     """Hugging Face id, or a folder or file of rows with `question` and `answer`."""
     split: str = "train"
-    """Of the data set."""
+    """Which rows of the data set: train, test, or what else it has."""
     out: str = "runs/filtered"
     """Folder for `train.jsonl` with the kept rows, which a recipe takes as `dataset`."""
     samples: int = 8
     """Answers to each question; the more, the fewer that were only lucky."""
     right_from: float = 1.0
-    """An answer is right whose reward is not below."""
+    """An answer is right whose reward is not below; rewards are from 0 to 1."""
     keep_never: bool = True
     """Keep questions without any right answer."""
     system_prompt: str = ""

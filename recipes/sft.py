@@ -36,7 +36,7 @@ class Config:
     dataset: str = "arealite/gsm8k-mini"
     """Hugging Face id, or a folder or file of rows with `question` and `answer`, or `messages`."""
     max_rows: int = 0
-    """Train on the first rows of the data set, so many; 0: on all."""
+    """Rows to train on, the first of the data set; 0: all."""
     system_prompt: str = ""
     """First message of every conversation, such as how to mark the answer; empty: none."""
     steps: int = 40
@@ -46,7 +46,7 @@ class Config:
     eval_every_steps: int = 10
     """Steps between evaluations on the test rows."""
     max_eval_rows: int = 200
-    """Evaluate on the first test rows, so many; 0: no evaluation, and no test rows needed."""
+    """Test rows to evaluate on, the first of them; 0: no evaluation, and no test rows needed."""
     save_every_steps: int = 20
     """Steps between checkpoints."""
     seed: int = 1

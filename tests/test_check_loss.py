@@ -4,8 +4,10 @@ import math
 import os
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -13,9 +15,9 @@ import torch.distributed as torch_dist
 
 from arealite import dist
 from arealite.algo.losses import clipped_surrogate, importance_weight
-from arealite.check_loss import check_loss
+from arealite.check_loss import check_loss, ranks
 from arealite.check_loss.batches import make_batch
-from arealite.errors import LossError
+from arealite.errors import LossError, RankError
 from arealite.types import LossFn, LossOutput, MicroBatch
 from recipes.gsm8k_grpo import Config, grpo_loss
 
@@ -495,3 +497,29 @@ def test_a_micro_batch_holds_the_fields_of_its_sequences():
     empty = batch.micro_batch([])
     assert (empty.num_sequences, len(empty.token_ids)) == (0, 0)
     assert empty.advantages.dtype == torch.float64
+
+
+def test_ranks_that_do_not_connect_at_once_try_again(monkeypatch: pytest.MonkeyPatch):
+    connect, num_failures = ranks._gloo, iter([True, False, False])
+
+    def flaky(*args: Any) -> Any:
+        if next(num_failures, False):
+            raise RuntimeError("Gloo connectFullMesh failed with Connection closed by peer")
+        return connect(*args)
+
+    monkeypatch.setattr(ranks, "_gloo", flaky)
+    monkeypatch.setattr(ranks, "TIMEOUT", timedelta(seconds=1))  # of the rank that waits
+    assert ranks.run_on_ranks(2, lambda: 7) == [7, 7]
+
+
+def test_ranks_that_never_connect_are_no_fault_of_the_loss(monkeypatch: pytest.MonkeyPatch):
+    connect = ranks._gloo
+
+    def alone(store: Any, rank: int, num_ranks: int) -> Any:
+        if num_ranks > 1:
+            raise RuntimeError("Connection closed by peer")
+        return connect(store, rank, num_ranks)
+
+    monkeypatch.setattr(ranks, "_gloo", alone)
+    with pytest.raises(RankError, match="2 ranks in this process could not connect"):
+        check_loss(partial(grpo_loss, cfg=Config()))

@@ -25,7 +25,7 @@ from arealite.check_loss.outcomes import (
     measure_one,
 )
 from arealite.check_loss.ranks import run_on_ranks
-from arealite.errors import LossError
+from arealite.errors import LossError, RankError
 from arealite.training.packing import Aggregation
 from arealite.types import LossFn
 
@@ -181,6 +181,8 @@ def _split(sequences: list[int], num_micro_batches: int) -> list[list[int]]:
 def _try(what: str, function: Callable[[], Outcome], advice: str = "") -> Outcome:
     try:
         return function()
+    except RankError:  # is no fault of the loss
+        raise
     except Exception as error:
         raise LossError(
             f"The loss works on an ordinary micro-batch, but {what} it raised "

@@ -16,14 +16,43 @@ import torch
 from torch._C._distributed_c10d import HashStore, ProcessGroupGloo, Store
 from torch.distributed import ProcessGroup, distributed_c10d
 
+from arealite.errors import RankError
+
 Result = TypeVar("Result")
 
 TIMEOUT = timedelta(seconds=10)
+MAX_ATTEMPTS = 3
 _one_call = threading.Lock()
 
 
 def run_on_ranks(num_ranks: int, function: Callable[[], Result]) -> list[Result]:
-    """What `function` returns on rank 0, 1, ...; raises what it raised on the first that failed."""
+    """What `function` returns on rank 0, 1, ...; raises what it raised on the first that failed.
+
+    Ranks that could not connect, as happens on a busy machine, begin anew; the function then is
+    called again where it had been called.
+    """
+    for attempt in range(MAX_ATTEMPTS):
+        results, errors = _run_once(num_ranks, function)
+        if not any(isinstance(error, _NoConnectionError) for error in errors):
+            break
+        if attempt == MAX_ATTEMPTS - 1:
+            raise RankError(
+                f"{num_ranks} ranks in this process could not connect to each other in "
+                f"{MAX_ATTEMPTS} attempts. Is something keeping programs from 127.0.0.1?"
+            ) from errors[0]
+    if errors:
+        raise errors[0]
+    return [results[rank] for rank in range(num_ranks)]
+
+
+class _NoConnectionError(Exception):
+    """A rank did not reach the others, which says nothing of what it was to run."""
+
+
+def _run_once(
+    num_ranks: int, function: Callable[[], Result]
+) -> tuple[dict[int, Result], list[BaseException]]:
+    """What came back, by rank, and what was raised, the first first."""
     results: dict[int, Result] = {}
     errors: list[BaseException] = []
     store = HashStore()
@@ -31,7 +60,7 @@ def run_on_ranks(num_ranks: int, function: Callable[[], Result]) -> list[Result]
 
         def run(rank: int) -> None:
             try:
-                worlds.enter(_gloo(store, rank, num_ranks))
+                worlds.enter(_connected(store, rank, num_ranks))
                 results[rank] = function()
             except BaseException as error:
                 errors.append(error)
@@ -47,9 +76,14 @@ def run_on_ranks(num_ranks: int, function: Callable[[], Result]) -> list[Result]
             thread.start()
         for thread in threads:
             thread.join()
-    if errors:
-        raise errors[0]
-    return [results[rank] for rank in range(num_ranks)]
+    return results, errors
+
+
+def _connected(store: Store, rank: int, num_ranks: int) -> ProcessGroup:
+    try:
+        return _gloo(store, rank, num_ranks)
+    except RuntimeError as error:
+        raise _NoConnectionError(str(error)) from error
 
 
 def _gloo(store: Store, rank: int, num_ranks: int) -> ProcessGroup:

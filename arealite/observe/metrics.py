@@ -276,9 +276,13 @@ class MetricLogger:
         last_step = max(self._steps, default=0)
         self.close()
         if kind is not None and last_step:
+            has_checkpoint = (self.out_dir / "checkpoints" / "latest").exists()
             show(
                 f"Stopped after step {last_step}. The same command continues from the last "
-                f"checkpoint in {self.out_dir}, if there is one."
+                f"checkpoint in {self.out_dir}."
+                if has_checkpoint
+                else f"Stopped after step {last_step}, before the first checkpoint in "
+                f"{self.out_dir}. The same command begins anew."
             )
 
     def _prepare(self) -> str | None:

@@ -577,8 +577,8 @@ ALGORITHMS: dict[str, Algorithm] = {
         rloo_numpy,
         ppo(0.2, 0.2),
         ppo_numpy(0.2, 0.2),
-        "sequence",
-        3.0,
+        "constant",
+        8.0,
     ),
     "ppo": Algorithm(
         *GRPO, ppo(0.2, 0.2), ppo_numpy(0.2, 0.2), has_critic=True

@@ -77,8 +77,8 @@ def test_a_malformed_row_is_named_with_its_line(tmp_path: Path, line: str | byte
 
 
 def test_only_the_required_keys_have_to_be_there(tmp_path: Path):
-    path = write(tmp_path, '{"prompt": "a", "answer": 5}')
-    assert load_rows(path, split="train", required=("prompt",)) == [{"prompt": "a", "answer": 5}]
+    path = write(tmp_path, '{"text": "a", "answer": 5}')
+    assert load_rows(path, split="train", required=("text",)) == [{"text": "a", "answer": 5}]
     with pytest.raises(DataError, match="has no 'question'"):
         load_rows(path, split="train")
 

@@ -297,10 +297,18 @@ def test_each_step_of_a_resumed_run_appears_once_and_its_time_goes_on(
 def test_a_run_that_is_stopped_says_where_and_how_it_goes_on(
     tmp_path: Path, clock: Clock, capsys: pytest.CaptureFixture[str]
 ):
-    with pytest.raises(KeyboardInterrupt), MetricLogger(tmp_path, Config()) as logger:
-        logger.log(1, {"rollout/reward": 0.5, "train/loss": 0.0})
-        raise KeyboardInterrupt
-    assert "Stopped after step 1. The same command continues" in capsys.readouterr().out
+    says = {
+        False: "Stopped after step 1, before the first checkpoint",
+        True: "Stopped after step 1. The same command continues from the last checkpoint",
+    }
+    for has_checkpoint, expected in says.items():
+        with pytest.raises(KeyboardInterrupt), MetricLogger(tmp_path, Config()) as logger:
+            logger.log(1, {"rollout/reward": 0.5, "train/loss": 0.0})
+            if has_checkpoint:
+                (tmp_path / "checkpoints").mkdir()
+                (tmp_path / "checkpoints" / "latest").touch()
+            raise KeyboardInterrupt
+        assert expected in capsys.readouterr().out
 
 
 def test_a_full_disk_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
