@@ -4,6 +4,7 @@ A policy that degenerates writes `10^{10^{10}}`. Computing it would keep a worke
 killed, and the row with all its answers would be lost; so it is not computed.
 """
 
+import gc
 import math
 import re
 import signal
@@ -76,10 +77,15 @@ def time_limit(cpu_s: float) -> Iterator[None]:
         raise TooLongError
 
     previous = signal.signal(signal.SIGVTALRM, stop)
-    # Again and again: a signal that arrives in a destructor has its exception ignored.
+    # Exceptions in callbacks of the collector, and in destructors, are ignored. So there is no
+    # collection, and the signal comes again and again.
+    is_collecting = gc.isenabled()
+    gc.disable()
     signal.setitimer(signal.ITIMER_VIRTUAL, cpu_s, 0.1)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
         signal.signal(signal.SIGVTALRM, previous)
+        if is_collecting:
+            gc.enable()

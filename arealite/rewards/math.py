@@ -26,8 +26,9 @@ from arealite.rewards.bounds import TooLongError, is_too_large, time_limit
 if TYPE_CHECKING:  # arealite.types imports torch, which a reward worker must not
     from arealite.types import Row
 
-MAX_CPU_S = 0.5
-"""Seconds of computing for one comparison; what takes longer is not shown to be equal."""
+MAX_CPU_S = 2.0
+"""Seconds of computing for one comparison; what takes longer is not shown to be equal. The first
+of a process, which fills the caches of the parser, takes a third of a second."""
 MAX_ANSWER_CHARS = 200
 """Longer answers are wrong without being parsed: a policy that degenerates would stop the run."""
 

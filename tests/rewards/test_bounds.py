@@ -1,5 +1,6 @@
 """What would take too long is known by its form or stopped."""
 
+import gc
 import threading
 import time
 
@@ -37,6 +38,7 @@ def test_a_long_computation_is_stopped_and_leaves_no_timer():
                 sum(range(1_000))
             except Exception:  # which a library may have anywhere
                 continue
+    assert gc.isenabled()
     began_s = time.process_time()
     while time.process_time() - began_s < 0.15:
         sum(range(1_000))

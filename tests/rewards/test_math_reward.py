@@ -28,5 +28,8 @@ def test_a_row_of_math_has_its_answer_in_the_solution():
 
 @pytest.mark.parametrize("answer", HOSTILE, ids=range(len(HOSTILE)))
 @pytest.mark.parametrize("gold", ["5", r"\text{east}", "[0,1]", r"\frac{1}{2}"])
-def test_hostile_answers_are_wrong_and_no_error(gold: str, answer: str):
+def test_hostile_answers_are_wrong_and_no_error(
+    gold: str, answer: str, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("arealite.rewards.math.MAX_CPU_S", 0.2)
     assert grade(gold, answer) == 0.0
