@@ -3,6 +3,7 @@ from itertools import count
 from pathlib import Path
 
 from arealite.data import TINY_PROGRAMS, load_rows
+from arealite.observe.metrics import read_metrics
 from recipes import code_ppo
 from tests.recipes.scripted import run_with_policy
 
@@ -17,8 +18,9 @@ def test_it_trains_on_groups_of_right_and_wrong_programs(tmp_path: Path):
         program = "print()" if next(calls) % 2 else programs[question]
         return f"```python\n{program}\n```"
 
-    figures = run_with_policy(code_ppo, right_every_other_time, tmp_path)
+    run_with_policy(code_ppo, right_every_other_time, tmp_path)
     lines = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
     rewards = [(line["reward"], line["raw_reward"]) for line in lines]
     assert sorted(rewards) == [(-5.0, 0.0)] * 4 + [(5.0, 1.0)] * 4  # two steps of two groups of two
-    assert figures["groups/sampled"] >= 2
+    steps = read_metrics(tmp_path).values()  # a group counts in the step in which it is finished
+    assert sum(step.get("groups/sampled", 0) for step in steps) >= 4
