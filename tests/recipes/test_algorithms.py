@@ -150,8 +150,8 @@ def test_questions_that_teach_nothing_are_passed_over_and_counted(
     extra = sum(step.get("groups/extra_samples", 0) for step in steps)
     sampled = sum(step.get("groups/sampled", 0) for step in steps)
     assert extra >= 2 and sampled >= 4 + extra / 2  # two steps of two groups of two
-    shares = [step["groups/sampled_constant_share"] for step in steps if "train/loss" in step]
-    assert max(shares) > 0
+    # Of a step for which no group was sampled since the one before, there is no share.
+    assert any(step.get("groups/sampled_constant_share", 0) > 0 for step in steps)
     assert "groups with unequal rewards" in capsys.readouterr().out
     assert (tmp_path / "lost.jsonl").read_text().count("rejected") > 0
 
