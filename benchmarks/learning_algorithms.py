@@ -10,6 +10,7 @@ not repeated. Ends with one line of JSON; the exit status is 1 if a goal is miss
 """
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -20,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from arealite.data import TINY_MATH, resolve_model
 from arealite.observe.metrics import read_metrics
-from arealite.observe.summary import Steps, column
+from arealite.observe.summary import column, summarize
 from benchmarks.grade import grade
 
 REPOSITORY = Path(__file__).parents[1]
@@ -40,32 +41,33 @@ def run(name: str) -> Figures:
     """Figures of one run."""
     recipe, seed = name.split(":")
     out_dir = Path("runs/learning_algorithms") / f"{recipe}-{seed}"
+    shutil.rmtree(REPOSITORY / out_dir, ignore_errors=True)  # or it would go on from a checkpoint
     began = time.monotonic()
     command = [sys.executable, f"recipes/{recipe}.py", f"seed={seed}", f"out_dir={out_dir}"]
     subprocess.run(command, cwd=REPOSITORY, check=True)
     wall_s = time.monotonic() - began
     steps = read_metrics(REPOSITORY / out_dir)
+    found = figures(summarize(steps), REPOSITORY / out_dir / "model")
     explained = column(steps, "critic/explained_variance")[-LAST_STEPS:]
-    return accuracy(steps, REPOSITORY / out_dir / "model") | {
-        "explained_variance": round(fmean(explained), 3) if explained else None,
-        "unequal_sampled": _unequal_share(steps, "groups/sampled_constant_share"),
-        "unequal_trained": _unequal_share(steps, "groups/constant_share"),
+    found["explained_variance"] = fmean(explained) if explained else None
+    return {
+        **{key: None if value is None else round(value, 3) for key, value in found.items()},
         "wall_s": round(wall_s, 1),
     }
 
 
-def accuracy(steps: Steps, model: Path) -> Figures:
-    """Before the run and after it."""
-    found = column(steps, "eval/reward")
-    untrained = resolve_model(TINY_MATH)
-    before, after = (found[0], found[-1]) if found else (grade(untrained), grade(str(model)))
-    return {"accuracy_before": round(before, 3), "accuracy_after": round(after, 3)}
-
-
-def _unequal_share(steps: Steps, name: str) -> float | None:
-    """Mean share of groups with rewards that differ."""
-    shares = column(steps, name)
-    return round(1 - fmean(shares), 3) if shares else None
+def figures(summary: dict[str, float], model: Path) -> Figures:
+    """What the summary of a run says, or for a run without rollouts its model."""
+    if "eval_reward_first" in summary:
+        before, after = summary["eval_reward_first"], summary["eval_reward_last"]
+    else:
+        before, after = grade(resolve_model(TINY_MATH)), grade(str(model))
+    return {
+        "accuracy_before": before,
+        "accuracy_after": after,
+        "unequal_sampled": summary.get("unequal_share_sampled"),
+        "unequal_trained": summary.get("unequal_share"),
+    }
 
 
 def missed(name: str, found: Figures) -> list[str]:

@@ -40,9 +40,7 @@ def starting_servers(
 
     They start before the first test, beside the tests that need none: it takes them a minute.
     """
-    items = [item for item in request.session.items if needs_server(item)]
-    calls = [getattr(item, "callspec", None) for item in items]
-    kinds = {call.params["tiny_model"] for call in calls if call and "tiny_model" in call.params}
+    kinds = set(filter(None, map(tiny_model_of, request.session.items)))
     models = request.getfixturevalue("tiny_models") if kinds else {}
     with ExitStack() as stack, ThreadPoolExecutor(len(TINY_MODELS)) as pool:
 
@@ -57,8 +55,17 @@ def vllm_server(tiny_model: str, starting_servers: dict[str, Future[RealServer]]
     return starting_servers[tiny_model].result()
 
 
-def needs_server(item: pytest.Item) -> bool:
-    return "vllm_server" in getattr(item, "fixturenames", ())
+def tiny_model_of(item: pytest.Item) -> str:
+    """Whose server the test may ask for; empty: it asks for none."""
+    call = getattr(item, "callspec", None)
+    return call.params.get("tiny_model", "") if call else ""
+
+
+def turn(item: pytest.Item) -> int:
+    """Servers have the time to start: faults, whose oracle waits for them, come after the rest."""
+    if tiny_model_of(item):
+        return 2
+    return 1 if item.get_closest_marker("fault") else 0
 
 
 @pytest.fixture
@@ -90,7 +97,10 @@ def judge_every_fault(request: pytest.FixtureRequest) -> None:
         request.getfixturevalue("oracle")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True, tryfirst=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Iterator[None]:
     config.stash[MARKED] = shown_by(items)  # before any of them is deselected
-    items.sort(key=needs_server)  # those last, so that servers have the time to start
+    yield
+    items.sort(key=turn)  # after pytest has put those together that share a server
