@@ -15,8 +15,10 @@ DEMO = $(BIN)/torchrun recipes/gsm8k_grpo.py out_dir=runs/demo
 # A tokenizer that has started threads warns at every later fork.
 export TOKENIZERS_PARALLELISM ?= false
 
-# A test that asks for something on the Hub shall fail at once instead of waiting for a network.
+# A test that asks for something on the Hub shall fail at once instead of waiting for a network, and
+# models of the tests are so small that a second thread only takes the core of another process.
 test soak mutants: export HF_HUB_OFFLINE ?= 1
+test soak mutants: export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo learn-hard test soak gpu-check mutants lint format clean

@@ -10,6 +10,7 @@ import textwrap
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,6 +28,13 @@ _KEPT = 17
 _KEPT_WHEN_RECOMPUTED = 1
 _COLUMNS = 4096
 """Of logits that exist at the same time: two tiles of training/logprobs.py."""
+
+_BATCHES = {
+    "prompts": "rollout.prompts_per_step",
+    "rows": "rows_per_step",
+    "pairs": "pairs_per_step",
+}
+"""What a step has so many of, and the knob that says it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,11 +88,12 @@ def _step_rows(cfg: object, ranks: int) -> list[_Row]:
     prompts, group_size = _knob(cfg, "rollout.prompts_per_step"), _knob(cfg, "group_size")
     max_new_tokens, minibatches = _knob(cfg, "sampling.max_new_tokens"), _knob(cfg, "minibatches")
     rows: list[_Row] = []
-    if prompts:
-        share = f"{prompts // ranks:,} per rank"
-        if prompts % ranks:
-            share = f"DOES NOT DIVIDE by {_count(ranks, 'rank')}"
-        rows.append(_row("prompts", prompts, f"rollout.prompts_per_step; {share}"))
+    for label, knob in _BATCHES.items():
+        if size := _knob(cfg, knob):
+            share = f"{size // ranks:,} per rank"
+            if size % ranks:
+                share = f"DOES NOT DIVIDE by {_count(ranks, 'rank')}"
+            rows.append(_row(label, size, f"{knob}; {share}"))
     if prompts and group_size:
         sequences = prompts * group_size
         rows.append(_row("sequences", sequences, f"{prompts} prompts x group_size {group_size}"))
@@ -140,24 +149,34 @@ def _age_rows(cfg: object) -> list[_Row]:
 def _run_rows(cfg: object) -> list[_Row]:
     steps, minibatches = _knob(cfg, "steps"), _knob(cfg, "minibatches")
     prompts, group_size = _knob(cfg, "rollout.prompts_per_step"), _knob(cfg, "group_size")
-    max_new_tokens = _knob(cfg, "sampling.max_new_tokens")
     if not steps:
         return []
     rows = [_row("training steps", steps, "each makes one weight version")]
     if minibatches:
         note = f"x minibatches {minibatches}"
         rows.append(_row("optimizer steps", steps * minibatches, note))
-    if prompts:
-        rows.append(
-            _row("prompts", steps * prompts, "rows; the data set is repeated if it has fewer")
-        )
+    for label, knob in _BATCHES.items():
+        if size := _knob(cfg, knob):
+            rows.append(_row(label, steps * size, "the data set is repeated if it has fewer"))
     if prompts and group_size:
-        sequences = steps * prompts * group_size
-        rows.append(_row("sequences", sequences, "evaluations not counted"))
-        if max_new_tokens:
-            note = f"x sampling.max_new_tokens {max_new_tokens:,}"
-            rows.append(_row("generated tokens, at most", sequences * max_new_tokens, note))
+        sequences = prompts * group_size
+        rows.append(_row("sequences", steps * sequences, "evaluations not counted"))
+        rows += _generated_rows(cfg, steps, sequences)
     return rows
+
+
+def _generated_rows(cfg: object, steps: int, sequences: int) -> list[_Row]:
+    """Tokens of all steps, of so many sequences each; with `stages` some have smaller budgets."""
+    budget = _knob(cfg, "sampling.max_new_tokens")
+    if not budget:
+        return []
+    stages = (*getattr(cfg, "stages", ()), (steps, budget))
+    lengths = [(until - since, most) for (since, _), (until, most) in pairwise([(0, 0), *stages])]
+    total = sum(length * most for length, most in lengths)
+    note = f"x sampling.max_new_tokens {budget:,}"
+    if len(lengths) > 1:
+        note = "stages: " + ", ".join(f"{length} steps x {most:,}" for length, most in lengths)
+    return [_row("generated tokens, at most", sequences * total, note)]
 
 
 def _memory_rows(cfg: object, shape: _ModelShape | str | None, ranks: int) -> list[_Row]:
@@ -182,6 +201,10 @@ def _memory_rows(cfg: object, shape: _ModelShape | str | None, ranks: int) -> li
             note=f"FSDP over {_count(ranks, 'rank')}; one gathered block comes on top",
         ),
     ]
+    if hasattr(cfg, "critic"):
+        note = "weights, gradients and AdamW states of a second model of this size, on top"
+        per_rank = _bytes(16 * shape.num_parameters // ranks)
+        rows.append(_Row(label="critic, per rank", value=per_rank, note=note))
     return rows + _micro_batch_memory_rows(cfg, shape, need) + _context_rows(cfg, shape)
 
 

@@ -39,15 +39,16 @@ RESULTS = Path(__file__).parent / "results" / "learn_hard.json"
 RUNS = ("grpo:1", "random_reward:1")
 SETTINGS = (
     f"model={TINY_STEPS}",
-    "steps=160",
-    "train.lr=1e-4",
+    "steps=130",
+    "rollout.prompts_per_step=64",
+    "train.lr=3.2e-5",
     # The size of the larger gradients here: small ones are mostly noise, and AdamW would give them
     # steps of full size.
     "train.eps=1e-4",
     "train.schedule=linear",
-    "train.total_steps=160",
-    "eval_every_steps=40",
-    "save_every_steps=160",
+    "train.total_steps=130",
+    "eval_every_steps=65",
+    "save_every_steps=130",
 )
 """What differs from the defaults of the recipe."""
 NUM_PROBLEMS = 1_000

@@ -47,6 +47,8 @@ class Config(math_ppo.Config):
     """Hugging Face id, or a folder or file of rows with `question` and `tests`."""
     minibatches: int = 1
     """Optimizer steps per training step; the clip only acts from the second one on."""
+    steps: int = 60
+    """Training steps; each consumes one batch and makes one weight version."""
     out_dir: str = "runs/code_ppo"
     """Metrics, rollouts and checkpoints; a run that finds a checkpoint here continues from it."""
 

@@ -4,8 +4,7 @@
 
 The loop is that of gsm8k_grpo.py. New is the critic, the same model with one number per token in
 place of its head. Its values and the rewards, less a KL if that has a weight, give the advantages
-by GAE, normalized over all tokens of the batch, and the returns that it learns next; for the first
-steps it learns alone. Expected curve: recipes/README.md#gsm8k-ppo.
+by GAE and the returns that it learns next. Expected curve: recipes/README.md#gsm8k-ppo.
 
 Source: PPO, arXiv:1707.06347; GAE, arXiv:1506.02438.
 """
@@ -62,11 +61,8 @@ class Config(gsm8k_grpo.Config):
     group_size: int = 2
     """Completions per prompt; the critic needs no others to compare with, so more prompts do."""
     clip_high: float = 0.2
-    """The ratio current/proximal may rise to 1 + clip_high before its gradient stops."""
     steps: int = 40
-    """Training steps; each consumes one batch and makes one weight version."""
     out_dir: str = "runs/gsm8k_ppo"
-    """Metrics, rollouts and checkpoints; a run that finds a checkpoint here continues from it."""
 
     rollout: RolloutConfig = RolloutConfig(prompts_per_step=64, max_staleness=2)
     critic: FSDPConfig = FSDPConfig(lr=1e-3, warmup_steps=5, micro_batch_tokens=8_192)
@@ -91,19 +87,16 @@ def estimate(
 ) -> list[list[MicroBatch]]:
     """The same with advantages, old values and returns; their `advantages` were token rewards."""
     discounted = partial(gae, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda)
-    found: list[list[MicroBatch]] = []
-    for minibatch in minibatches:
-        values = critic.values(minibatch)
-        pairs = [
-            discounted(rewards_of(mb, cfg), value, mb.loss_mask, mb.cu_seqlens)
-            for mb, value in zip(minibatch, values, strict=True)
-        ]
-        advantages, returns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        found.append(attach(minibatch, advantages=advantages, old_values=values, returns=returns))
-    every = [mb for minibatch in found for mb in minibatch]
-    advantages, masks = [mb.advantages for mb in every], [mb.loss_mask for mb in every]
-    whole = iter(normalized(advantages, masks, sum_over_ranks=dist.sum))
-    return [attach(minibatch, advantages=[next(whole) for _ in minibatch]) for minibatch in found]
+    every = [mb for minibatch in minibatches for mb in minibatch]
+    values, masks = critic.values(every), [mb.loss_mask for mb in every]
+    pairs = [
+        discounted(rewards_of(mb, cfg), value, mb.loss_mask, mb.cu_seqlens)
+        for mb, value in zip(every, values, strict=True)
+    ]
+    advantages, returns = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+    advantages = normalized(advantages, masks, sum_over_ranks=dist.sum)
+    known = iter(attach(every, advantages=advantages, old_values=values, returns=returns))
+    return [[next(known) for _ in minibatch] for minibatch in minibatches]
 
 
 def critic_loss(values: torch.Tensor, mb: MicroBatch, cfg: Config) -> LossOutput:

@@ -4,11 +4,10 @@
     OMP_NUM_THREADS=1 python recipes/tiny_sft.py share_direct=0 stop_after_steps=201
 
 The first, `arealite/tiny-math`, learns to answer 70 % of the problems at once (`#### 34`) and to
-work the others out step by step. At once it is often wrong, step by step nearly never: so there is
-a strategy for reinforcement learning to find, and no new arithmetic. The second,
-`arealite/tiny-steps`, works everything out, but stops so early that many steps are wrong: it leaves
-reading and arithmetic to be learned. The last line is JSON with what was reached; expected figures:
-recipes/README.md#tiny-sft.
+work the others out step by step. At once it is often wrong, step by step nearly never: a strategy
+for reinforcement learning to find, and no new arithmetic. The second, `arealite/tiny-steps`, works
+everything out and stops so early that many steps are wrong: reading and arithmetic are left to
+learn. The last line is JSON; expected figures: recipes/README.md#tiny-sft.
 """
 
 import json
@@ -46,8 +45,7 @@ class Config:
     steps: int = 1_000
     """Optimizer steps; no problem comes twice."""
     stop_after_steps: int = 0
-    """Stop there, while the learning rate is still high: the model has not settled, and a little
-    training still improves it fast. 0: do all steps."""
+    """Stop there, where a little training still improves the model fast; 0: do all steps."""
     batch_size: int = 64
     """Problems in one step."""
     num_worked_steps: int = 500
@@ -186,7 +184,6 @@ def main(cfg: Config) -> dict[str, float]:
     tokenizer = tiny_tokenizer()
     model = Qwen2ForCausalLM(tiny_config(tokenizer))
     test_rows = load_rows("arealite/gsm8k-mini", split="test")
-
     started = time.monotonic()
     loss = train(model, training_rows(cfg), partial(sft_loss, model, tokenizer), cfg)
     train_s = time.monotonic() - started

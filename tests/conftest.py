@@ -10,6 +10,7 @@ import torch
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import make_tiny_model
 from tests.faults.document import MARKED, shown_by
+from tests.notebooks.run import NotebookRuns, run_notebook
 from tests.oracle import DEADLINE_S, Oracle
 from tests.real_server import RealServer, run_server
 
@@ -40,14 +41,25 @@ def starting_servers(
 
     They start before the first test, beside the tests that need none: it takes them a minute.
     """
-    kinds = set(filter(None, map(tiny_model_of, request.session.items)))
+    kinds = selected(request.session, "tiny_model")
     models = request.getfixturevalue("tiny_models") if kinds else {}
     with ExitStack() as stack, ThreadPoolExecutor(len(TINY_MODELS)) as pool:
 
         def start(model: str) -> RealServer:
             return stack.enter_context(run_server(model, tmp_path_factory.mktemp("server")))
 
-        yield {models[kind]: pool.submit(start, models[kind]) for kind in sorted(kinds)}
+        yield {models[kind]: pool.submit(start, models[kind]) for kind in kinds}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def running_notebooks(request: pytest.FixtureRequest) -> Iterator[NotebookRuns]:
+    """Runs of the notebooks whose tests are selected, one by one, beside the tests of no faults."""
+    pool = ThreadPoolExecutor(1)
+    try:
+        names = selected(request.session, "notebook")
+        yield {name: pool.submit(run_notebook, name) for name in names}
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @pytest.fixture(scope="session")
@@ -55,17 +67,22 @@ def vllm_server(tiny_model: str, starting_servers: dict[str, Future[RealServer]]
     return starting_servers[tiny_model].result()
 
 
-def tiny_model_of(item: pytest.Item) -> str:
-    """Whose server the test may ask for; empty: it asks for none."""
+def parameter_of(item: pytest.Item, name: str) -> str:
+    """What the test was given under this name; empty: nothing."""
     call = getattr(item, "callspec", None)
-    return call.params.get("tiny_model", "") if call else ""
+    return call.params.get(name, "") if call else ""
+
+
+def selected(session: pytest.Session, name: str) -> list[str]:
+    """What the selected tests are given under this name, sorted."""
+    return sorted(filter(None, {parameter_of(item, name) for item in session.items}))
 
 
 def turn(item: pytest.Item) -> int:
     """Servers have the time to start: faults, whose oracle waits for them, come after the rest."""
-    if tiny_model_of(item):
+    if parameter_of(item, "tiny_model"):
         return 2
-    return 1 if item.get_closest_marker("fault") else 0
+    return 1 if item.get_closest_marker("fault") or parameter_of(item, "notebook") else 0
 
 
 @pytest.fixture
@@ -76,10 +93,12 @@ def engine(vllm_server: RealServer) -> Iterator[VLLMEngine]:
 
 @pytest.fixture
 def oracle(
-    request: pytest.FixtureRequest, starting_servers: dict[str, Future[RealServer]]
+    request: pytest.FixtureRequest,
+    starting_servers: dict[str, Future[RealServer]],
+    running_notebooks: NotebookRuns,
 ) -> Iterator[Oracle]:
     """Judges a test in five parts when all of it, and what its other fixtures started, is over."""
-    wait(starting_servers.values())  # whose processes are not those of the test
+    wait([*starting_servers.values(), *running_notebooks.values()])  # not processes of the test
     is_soak = request.node.get_closest_marker("soak") is not None
     with Oracle(deadline_s=900 if is_soak else DEADLINE_S) as oracle:
         yield oracle

@@ -109,6 +109,47 @@ def test_a_response_that_cannot_fit_a_micro_batch_is_pointed_out():
     assert not any("micro-batches" in label for label in rows)
 
 
+def test_steps_on_rows_or_on_pairs_are_counted_like_those_on_prompts():
+    @dataclass(frozen=True, kw_only=True)
+    class Supervised:
+        steps: int = 40
+        rows_per_step: int = 32
+
+    @dataclass(frozen=True, kw_only=True)
+    class Preferences:
+        steps: int = 30
+        pairs_per_step: int = 16
+
+    rows = table(Supervised())
+    assert rows["One: rows"] == "32 | rows_per_step; 32 per rank"
+    assert rows["The: rows"] == "1,280 | the data set is repeated if it has fewer"
+    assert table(Preferences())["The: pairs"].startswith("480 |")
+
+
+def test_stages_have_budgets_of_their_own():
+    @dataclass(frozen=True, kw_only=True)
+    class Staged(Config):
+        stages: tuple[tuple[int, int], ...] = ((10, 16), (30, 32))
+
+    # 10 steps of 128 sequences of at most 16 tokens, 20 of 32 and 50 of 64.
+    assert table(Staged())["The: generated tokens, at most"] == (
+        f"{128 * (10 * 16 + 20 * 32 + 50 * 64):,} | stages: 10 steps x 16, 20 steps x 32, "
+        "50 steps x 64"
+    )
+
+
+def test_a_critic_is_a_second_model_beside_the_first(model_folder):
+    @dataclass(frozen=True, kw_only=True)
+    class WithCritic(Config):
+        critic: Train = Train()
+
+    rows = table(WithCritic())
+    assert (
+        rows["Memory: critic, per rank"].split(" | ")[0]
+        == (rows["Memory: sum per rank"].split(" | ")[0])
+    )
+
+
 def test_the_age_of_the_weights_is_bounded_in_versions_and_in_optimizer_steps():
     rows = table(Config())
     assert rows["Age: versions behind, at most"].startswith("2 |")

@@ -137,10 +137,9 @@ def _message_or_conversation(row: Row) -> object:
 
 
 def _text_of_single(messages: object) -> object:
-    if isinstance(messages, list) and len(messages) == 1 and isinstance(messages[0], dict):
-        [message] = messages
-        if message.get("role") == "user":
-            return _field({"prompt": messages}, "prompt", 0, "content")
+    match messages:
+        case [{"role": "user"} as message]:
+            return _field(message, "content")
     return messages
 
 

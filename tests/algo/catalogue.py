@@ -1,7 +1,7 @@
 """Whole algorithms: what each is made of, and the lines that make `gsm8k_grpo.py` one of it.
 
 The lines of a loss stand in `grpo_loss`, in place of its first two statements; they end with a
-surrogate [T], which the recipe weighs and sums.
+surrogate [T], which the recipe weighs and sums. Additions are lines for any of them.
 """
 
 from dataclasses import dataclass
@@ -294,5 +294,57 @@ surrogate = surrogate * weight""",
         kl="within",
         recipe="dpo.py",
         trace="dpo",
+    ),
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Addition:
+    """Lines that go with any of the algorithms."""
+
+    name: str
+    where: str
+    lines: str
+
+
+ADDITIONS = [
+    Addition(
+        name="soft overlong penalty",
+        where="in `main`, after `rollouts.next_batch()`",
+        lines="groups = overlong_penalty(\n"
+        "    groups, max_tokens=cfg.sampling.max_new_tokens, tolerance=16\n)",
+    ),
+    Addition(
+        name="adaptive length reward",
+        where="in `main`, after `rollouts.next_batch()`",
+        lines="groups = length_reward(groups, weight=0.1)",
+    ),
+    Addition(
+        name="rewards of 5 and -5",
+        where="in `main`, after `rollouts.next_batch()`",
+        lines="groups = scaled_rewards(groups, right=5.0, wrong=-5.0)",
+    ),
+    Addition(
+        name="KL in the loss",
+        where="in `grpo_loss`, after the surrogate",
+        lines="""kl = kl_estimate(logprobs, mb.ref_logprobs, mb.loss_mask, "k3")
+surrogate = surrogate - 0.001 * kl""",
+    ),
+    Addition(
+        name="entropy bonus",
+        where='in `grpo_loss`, which `train_engine.step(mbs, loss_fn, head="logits")` gives '
+        "`logits` instead of `logprobs`: before the surrogate, and after it",
+        lines="""logprobs = logits.log_softmax(-1).gather(-1, mb.token_ids[:, None])[:, 0]
+...
+surrogate = surrogate + 0.001 * entropy(logits, mb.loss_mask)""",
+    ),
+    Addition(
+        name="reward model",
+        where="in `pair_loss` of [`dpo.py`](../recipes/dpo.py), which "
+        '`engine.step(minibatch, loss_fn, head="values")` of an engine with `is_critic=True` gives '
+        "`values` instead of `logprobs`. A value is from before its token: the last one knows the "
+        "answer up to its end",
+        lines="""scores = values[mb.cu_seqlens[1:].long() - 1]
+losses = preference_loss(scores[0::2], scores[1::2])""",
     ),
 ]

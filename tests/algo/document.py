@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tests.algo.catalogue import ALGORITHMS, Whole
+from tests.algo.catalogue import ADDITIONS, ALGORITHMS, Addition, Whole
 
 REPOSITORY = Path(__file__).parents[2]
 ALGO = REPOSITORY / "arealite" / "algo"
@@ -27,7 +27,7 @@ an engine. Some are recipes; each of the others is a few other lines in a copy o
 
 | place in the recipe | functions of |
 |---|---|
-| `groups, lost = rollouts.next_batch(), ...`: other rewards | `algo.shaping` |
+| `groups, lost = rollouts.next_batch(), ...`: other [rewards](#additions) | `algo.shaping` |
 | `group_advantages(groups)`: one per trajectory or one per token | `algo.advantages` |
 | `grpo_loss`: objective, weights, KL | `algo.losses`, `algo.corrections`, `algo.kl` |
 
@@ -115,9 +115,12 @@ def _reached(start: str, uses: dict[str, set[str]]) -> set[str]:
 
 
 def page() -> str:
-    return _formatted(
-        "\n".join([HEAD, _overview(), *map(_lines_of, _in_lines()), "## Functions\n", _functions()])
-    )
+    parts = [
+        *(HEAD, _overview(), *map(_lines_of, _in_lines())),
+        *("## Additions\n", "Each goes with any of them.\n", *map(_addition, ADDITIONS)),
+        *("## Functions\n", _functions()),
+    ]
+    return _formatted("\n".join(parts))
 
 
 def _formatted(text: str) -> str:
@@ -156,6 +159,11 @@ def _lines_of(each: Whole) -> str:
         code += f"# in main, for each minibatch before its step\n{each.step}\n"
     total = "return LossOutput(total=-(mb.loss_weight * surrogate).sum())"
     return f"### {each.name}\n\n```python\n{code}# grpo_loss\n{each.loss}\n{total}\n```\n"
+
+
+def _addition(each: Addition) -> str:
+    name = each.name[0].upper() + each.name[1:]
+    return f"**{name}**, {each.where}:\n\n```python\n{each.lines}\n```\n"
 
 
 def _functions() -> str:
