@@ -8,7 +8,7 @@ which works every problem out and often gets a step wrong: it misreads, and it m
 control the reward in training is a coin. Before and after, plain transformers answer the same 1,000
 problems, which no training has seen; the interval is that of the paired differences. Ends with one
 line of JSON. Fails unless every run with the true reward gains at least .10, its whole interval
-above zero, and no control climbs. Expected figures: recipes/README.md#learn-hard.
+above zero, and every control stays within .05. Expected figures: recipes/README.md#learn-hard.
 """
 
 import json
@@ -54,8 +54,8 @@ SETTINGS = (
 NUM_PROBLEMS = 1_000
 MIN_GAIN = 0.10
 """What each run with the true reward has to gain in accuracy."""
-MAX_CONTROL_GAIN = 0.03
-"""What a control may gain, and not have climbed."""
+MAX_CONTROL_CHANGE = 0.05
+"""What a control may gain or lose, and be flat."""
 
 _CALCULATION = re.compile(r"<<(\d+)([-+*])(\d+)=(\d+)>>")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -152,22 +152,22 @@ def figures(before: Exam, after: Exam) -> dict[str, float]:
 
 
 def verdict(runs: dict[str, dict[str, float]]) -> dict[str, float | bool]:
-    """The worst run with the true reward, the control that climbs most, and whether both pass."""
+    """The worst run with the true reward, the control that moved most, and whether both pass."""
     learned = [found for name, found in runs.items() if name.startswith("grpo:")]
     controls = [found for name, found in runs.items() if not name.startswith("grpo:")]
     worst = min(learned, key=lambda found: found["gain"])
-    highest = max(controls, key=lambda found: found["gain"])
+    moved = max(controls, key=lambda found: abs(found["gain"]))
     return {
         "before": worst["accuracy_before"],
         "after": worst["accuracy_after"],
         **{name: worst[name] for name in ("gain", "low", "high")},
-        **{f"control_{name}": highest[name] for name in ("gain", "low", "high")},
-        "passed": worst["gain"] >= MIN_GAIN and worst["low"] > 0 and not has_climbed(highest),
+        **{f"control_{name}": moved[name] for name in ("gain", "low", "high")},
+        "passed": worst["gain"] >= MIN_GAIN and worst["low"] > 0 and is_flat(moved),
     }
 
 
-def has_climbed(control: dict[str, float]) -> bool:
-    return control["gain"] > MAX_CONTROL_GAIN
+def is_flat(control: dict[str, float]) -> bool:
+    return abs(control["gain"]) <= MAX_CONTROL_CHANGE
 
 
 def table(runs: dict[str, dict[str, float]]) -> str:
