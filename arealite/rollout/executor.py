@@ -368,7 +368,9 @@ async def run_episode(
         raise RolloutError("The episode was cancelled from within.") from error
     except BaseException as error:
         if limit.expired():
-            frames, waits = user_frames(error.__cause__ or error), cut_waits()
+            # What cancelled it knows where it was; Python before 3.11.4 gives no cause, only this.
+            cut = error.__cause__ or error.__context__ or error
+            frames, waits = user_frames(cut), cut_waits()
             late_s = time.monotonic() - began_s - timeout_s
             raise DeadlineError(
                 f"An episode took longer than rollout.episode_timeout_s={timeout_s:g}. Raise it"

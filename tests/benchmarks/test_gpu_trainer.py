@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.gpu_trainer import flops_per_token
+from benchmarks.gpu_trainer import flops_per_token, main
 
 REPOSITORY = Path(__file__).parents[2]
 
@@ -29,8 +29,12 @@ def test_flops_of_a_token_are_those_counted_by_hand():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
-def test_without_a_gpu_it_says_that_nothing_was_run():
-    assert run() == {"device": "none"}
+def test_without_a_gpu_it_says_that_nothing_was_run(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.setattr(sys, "argv", ["gpu_trainer.py"])
+    main()
+    assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"device": "none"}
 
 
 def test_a_tiny_model_is_measured_anywhere():

@@ -215,7 +215,11 @@ def test_its_numbers_are_explained(name: str, capsys: pytest.CaptureFixture[str]
     text = capsys.readouterr().out
     assert f"{cfg.steps:,}" in text
     if name in WITH_REWARD:
-        assert f"{cfg.rollout.prompts_per_step * cfg.group_size:,}" in text
-        tokens = cfg.rollout.prompts_per_step * cfg.group_size * cfg.sampling.max_new_tokens
-        assert f"{tokens:,}" in text and f"{tokens * cfg.steps:,}" in text
+        sequences = cfg.rollout.prompts_per_step * cfg.group_size
+        longest = cfg.sampling.max_new_tokens
+        stages = (*getattr(cfg, "stages", ()), (cfg.steps, longest))
+        budgets = [next(most for end, most in stages if step < end) for step in range(cfg.steps)]
+        assert f"{sequences:,}" in text
+        assert f"{sequences * longest:,}" in text
+        assert f"{sequences * sum(budgets):,}" in text
     assert "DOES NOT" not in text and max(map(len, text.splitlines())) <= 100
