@@ -41,7 +41,7 @@ SETTINGS = (
     f"model={TINY_STEPS}",
     "steps=130",
     "rollout.prompts_per_step=64",
-    "train.lr=3.2e-5",
+    "train.lr=4e-5",
     # The size of the larger gradients here: small ones are mostly noise, and AdamW would give them
     # steps of full size.
     "train.eps=1e-4",

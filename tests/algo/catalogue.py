@@ -342,8 +342,9 @@ surrogate = surrogate + 0.001 * entropy(logits, mb.loss_mask)""",
         name="reward model",
         where="in `pair_loss` of [`dpo.py`](../recipes/dpo.py), which "
         '`engine.step(minibatch, loss_fn, head="values")` of an engine with `is_critic=True` gives '
-        "`values` instead of `logprobs`. A value is from before its token: the last one knows the "
-        "answer up to its end",
+        "`values` instead of `logprobs`; its evaluation, of log-probs, is off with "
+        "`max_eval_rows=0`. A value is from before its token: the last one knows the answer up to "
+        "its end",
         lines="""scores = values[mb.cu_seqlens[1:].long() - 1]
 losses = preference_loss(scores[0::2], scores[1::2])""",
     ),

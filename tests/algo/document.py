@@ -117,7 +117,11 @@ def _reached(start: str, uses: dict[str, set[str]]) -> set[str]:
 def page() -> str:
     parts = [
         *(HEAD, _overview(), *map(_lines_of, _in_lines())),
-        *("## Additions\n", "Each goes with any of them.\n", *map(_addition, ADDITIONS)),
+        *(
+            "## Additions\n",
+            "Each goes with any of them; the last makes a model that can give their rewards.\n",
+            *map(_addition, ADDITIONS),
+        ),
         *("## Functions\n", _functions()),
     ]
     return _formatted("\n".join(parts))
