@@ -6,6 +6,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
+from hypothesis import settings
 
 from arealite.inference.vllm import VLLMEngine
 from arealite.testing import make_tiny_model
@@ -15,6 +16,10 @@ from tests.oracle import DEADLINE_S, Oracle
 from tests.real_server import RealServer, run_server
 
 pytest_plugins = ["arealite.testing.plugin"]
+
+# How long an example takes says how busy the machine is, and nothing about the code.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 
 TINY_MODELS = ("tied", "untied")
 
