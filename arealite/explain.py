@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -197,14 +198,14 @@ def _memory_rows(cfg: object, shape: _ModelShape | str | None, ranks: int) -> li
         _Row(label="AdamW states", value=_bytes(need.states), note="2 x float32, of all ranks"),
         _Row(
             label="sum per rank",
-            value=_bytes((need.weights + need.gradients + need.states) // ranks),
+            value=_bytes(need.per_rank),
             note=f"FSDP over {_count(ranks, 'rank')}; one gathered block comes on top",
         ),
     ]
-    if hasattr(cfg, "critic"):
+    if critic := getattr(cfg, "critic", None):
+        its_need = _trainer_bytes(SimpleNamespace(train=critic), shape, ranks)
         note = "weights, gradients and AdamW states of a second model of this size, on top"
-        per_rank = _bytes(16 * shape.num_parameters // ranks)
-        rows.append(_Row(label="critic, per rank", value=per_rank, note=note))
+        rows.append(_Row(label="critic, per rank", value=_bytes(its_need.per_rank), note=note))
     return rows + _micro_batch_memory_rows(cfg, shape, need) + _context_rows(cfg, shape)
 
 
@@ -219,6 +220,11 @@ class _TrainerBytes:
     ranks: int
     activations: int
     logits: int
+
+    @property
+    def per_rank(self) -> int:
+        """Without what a micro-batch takes."""
+        return (self.weights + self.gradients + self.states) // self.ranks
 
     @property
     def kept_per_rank(self) -> int:

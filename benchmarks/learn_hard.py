@@ -8,7 +8,7 @@ which works every problem out and often gets a step wrong: it misreads, and it m
 control the reward in training is a coin. Before and after, plain transformers answer the same 1,000
 problems, which no training has seen; the interval is that of the paired differences. Ends with one
 line of JSON. Fails unless every run with the true reward gains at least .10, its whole interval
-above zero, and every control stays within .05. Expected figures: recipes/README.md#learn-hard.
+above zero, and no control climbs, or falls far. Expected figures: recipes/README.md#learn-hard.
 """
 
 import json
@@ -54,8 +54,8 @@ SETTINGS = (
 NUM_PROBLEMS = 1_000
 MIN_GAIN = 0.10
 """What each run with the true reward has to gain in accuracy."""
-MAX_CONTROL_CHANGE = 0.05
-"""What a control may gain or lose, and be flat."""
+MAX_CONTROL_LOSS, MAX_CONTROL_GAIN = 0.05, 0.03
+"""What a control may lose or gain, and be flat; noise wears a model down, and never teaches it."""
 
 _CALCULATION = re.compile(r"<<(\d+)([-+*])(\d+)=(\d+)>>")
 _OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
@@ -162,12 +162,12 @@ def verdict(runs: dict[str, dict[str, float]]) -> dict[str, float | bool]:
         "after": worst["accuracy_after"],
         **{name: worst[name] for name in ("gain", "low", "high")},
         **{f"control_{name}": moved[name] for name in ("gain", "low", "high")},
-        "passed": worst["gain"] >= MIN_GAIN and worst["low"] > 0 and is_flat(moved),
+        "passed": worst["gain"] >= MIN_GAIN and worst["low"] > 0 and all(map(is_flat, controls)),
     }
 
 
 def is_flat(control: dict[str, float]) -> bool:
-    return abs(control["gain"]) <= MAX_CONTROL_CHANGE
+    return -MAX_CONTROL_LOSS <= control["gain"] <= MAX_CONTROL_GAIN
 
 
 def table(runs: dict[str, dict[str, float]]) -> str:

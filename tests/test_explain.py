@@ -144,10 +144,17 @@ def test_a_critic_is_a_second_model_beside_the_first(model_folder):
         critic: Train = Train()
 
     rows = table(WithCritic())
-    assert (
-        rows["Memory: critic, per rank"].split(" | ")[0]
-        == (rows["Memory: sum per rank"].split(" | ")[0])
-    )
+    [critic, policy] = [rows[f"Memory: {row}"] for row in ("critic, per rank", "sum per rank")]
+    assert critic.split(" | ")[0] == policy.split(" | ")[0]
+
+
+def test_a_critic_of_adapters_takes_what_its_own_settings_say(model_folder):
+    @dataclass(frozen=True, kw_only=True)
+    class WithCritic(Config):
+        critic: Train = Train(lora_rank=2)
+
+    alone = table(Config(train=Train(lora_rank=2)))["Memory: sum per rank"].split(" | ")[0]
+    assert table(WithCritic())["Memory: critic, per rank"].split(" | ")[0] == alone
 
 
 def test_the_age_of_the_weights_is_bounded_in_versions_and_in_optimizer_steps():

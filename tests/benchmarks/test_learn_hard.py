@@ -74,6 +74,7 @@ def one_run(gain: float, low: float) -> dict[str, float]:
         (0.15, 0.12, -0.02, True),
         (0.09, 0.05, -0.02, False),
         (0.15, -0.01, -0.02, False),
+        (0.15, 0.12, 0.04, False),
         (0.15, 0.12, 0.08, False),
         (0.15, 0.12, -0.08, False),
     ],
