@@ -1,7 +1,7 @@
 """Keeps the rows of a data set that a model can learn from: neither always right nor never.
 
     python recipes/filter_by_difficulty.py out=runs/filtered
-    torchrun recipes/gsm8k_grpo.py dataset=runs/filtered
+    torchrun recipes/gsm8k_grpo.py dataset=runs/filtered/train.jsonl
 
 Asks each question several times and grades the answers. A question that is always answered right
 teaches nothing; one that never is may become easier later, and is kept unless `keep_never=false`.
@@ -35,7 +35,7 @@ class Config:
     split: str = "train"
     """Which rows of the data set: train, test, or what else it has."""
     out: str = "runs/filtered"
-    """Folder for `train.jsonl` with the kept rows, which a recipe takes as `dataset`."""
+    """Folder for `train.jsonl` with the kept rows, a file that a recipe takes as `dataset`."""
     samples: int = 8
     """Answers to each question; the more, the fewer that were only lucky."""
     right_from: float = 1.0

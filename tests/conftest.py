@@ -87,7 +87,12 @@ def turn(item: pytest.Item) -> int:
     """Servers have the time to start: faults, whose oracle waits for them, come after the rest."""
     if parameter_of(item, "tiny_model"):
         return 2
-    return 1 if item.get_closest_marker("fault") or parameter_of(item, "notebook") else 0
+    is_late = (
+        item.get_closest_marker("fault")
+        or parameter_of(item, "notebook")
+        or "all_started" in getattr(item, "fixturenames", ())
+    )
+    return 1 if is_late else 0
 
 
 @pytest.fixture
@@ -96,14 +101,17 @@ def engine(vllm_server: RealServer) -> Iterator[VLLMEngine]:
         yield engine
 
 
+@pytest.fixture(scope="session")
+def all_started(
+    starting_servers: dict[str, Future[RealServer]], running_notebooks: NotebookRuns
+) -> None:
+    """Nothing starts beside the test any more that an oracle would take for its doing."""
+    wait([*starting_servers.values(), *running_notebooks.values()])
+
+
 @pytest.fixture
-def oracle(
-    request: pytest.FixtureRequest,
-    starting_servers: dict[str, Future[RealServer]],
-    running_notebooks: NotebookRuns,
-) -> Iterator[Oracle]:
+def oracle(request: pytest.FixtureRequest, all_started: None) -> Iterator[Oracle]:
     """Judges a test in five parts when all of it, and what its other fixtures started, is over."""
-    wait([*starting_servers.values(), *running_notebooks.values()])  # not processes of the test
     is_soak = request.node.get_closest_marker("soak") is not None
     with Oracle(deadline_s=900 if is_soak else DEADLINE_S) as oracle:
         yield oracle

@@ -24,6 +24,8 @@ from arealite.waits import waiting
 from tests.faults.training import ROWS, asking
 from tests.oracle import Ledger, Oracle, Surroundings, held_locks
 
+pytestmark = pytest.mark.usefixtures("all_started")
+
 
 def scripted_engine() -> ScriptedEngine:
     return ScriptedEngine(replies=lambda conversation: "fine")

@@ -188,6 +188,9 @@ def test_the_filter_keeps_what_is_sometimes_right(
             settings += [f"server.addresses=[{server.address}]", "samples=4"]
             filter_by_difficulty.main(parse(filter_by_difficulty.Config, settings))
             kept[keep_never] = load_rows(str(tmp_path), split="train")
+    # The next recipe gets the file, which serves as its test rows, too.
+    assert "dataset=runs/filtered/train.jsonl" in str(filter_by_difficulty.__doc__)
+    assert load_rows(str(tmp_path / "train.jsonl"), split="test")
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert figures["rows"] == NUM_ROWS
     assert figures["always_right"] + figures["never_right"] + figures["kept"] == NUM_ROWS
